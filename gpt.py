@@ -1,0 +1,1258 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6"]
+# ///
+"""
+This file is a complete language model: GPT-2's architecture, trained from nothing on Shakespeare, one
+character at a time, until it writes plays of its own. PyTorch does the arithmetic; all else is on this page.
+
+The same architecture can be trained badly or well, and most of what makes a model good is how it is trained.
+This one reaches the loss of the usual tutorial recipe in a fraction of its time, and section 7 says why.
+
+    python gpt.py                                    train the tiny model on input.txt, then write a scene
+    python gpt.py --generate --prompt "HAMLET:"      write more, with the model that is now in gpt.pt
+    python gpt.py --help                             every setting, with its default
+
+It needs Python and `pip install torch`, and a laptop will do. In a notebook, paste it into one cell.
+
+The lesson     0 Settings   1 Text to numbers   2 Attention   3 The MLP   4 The block   5 The model
+               6 Batches    7 Training          8 Writing
+The program    9 Around the lesson (files, devices, pictures)   10 The command line
+
+Read from the top: every word is explained before it is used. Lines that begin with >>> are examples, with
+their results below; the tests run them, so they are true. A *tensor* is a table of numbers with any number of
+dimensions; a comment such as `# (B, T) -> (B, T, C)` at the end of a line gives the shapes of the tensors in
+it, before and after, and the letters always mean the same:
+
+    B  batch: how many stretches of text go through the model at once, each on its own
+    T  time: how many characters each stretch has, at most the context, `block_size`
+    C  channels: how many numbers stand for one character inside the model, `n_embd`
+    V  vocabulary: how many different characters there are, `vocab_size`
+"""
+
+# %% 0. Settings
+# Everything you can change is in this one table: the value, the meaning, and the limits within which it makes
+# sense. On a first reading, look at the names and go on; the section named beside each explains it. On the
+# command line the same names are flags (`--n-layer 4`), and in Python they are arguments
+# (`Config(n_layer=4)`).
+
+import argparse
+import builtins
+import hashlib
+import io
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+import urllib.request
+import warnings
+from array import array
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch looks for numpy; we do without
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+
+def setting(default, least, most, meaning):
+    """One row of the table below: the default, the smallest and the largest value allowed, what it means."""
+    return field(default=default, metadata={"least": least, "most": most, "meaning": meaning})
+
+
+@dataclass
+class Config:
+    """All settings of a model and its training. Raises ValueError for a value that makes no sense."""
+
+    # The shape of the model. These four numbers are what "a bigger model" means.
+    n_layer: int = setting(2, 1, None, "blocks, one on top of the other (section 4)")
+    n_head: int = setting(
+        4, 1, None, "attention heads in a block; n_embd must be a multiple of it (section 2)"
+    )
+    n_embd: int = setting(128, 1, None, "width: the numbers that stand for one character (section 5)")
+    block_size: int = setting(
+        64, 1, None, "context: how many characters the model can look back on (section 2)"
+    )
+    # Where training starts from.
+    init_std: float = setting(
+        None, 0, None, "spread of the initial weights; 1/sqrt(n_embd) if not given (section 5)"
+    )
+    wave_positions: bool = setting(
+        True, None, None, "start the position table as waves, not noise (section 5)"
+    )
+    # What one step of training learns from.
+    batch_size: int = setting(8, 1, None, "stretches of text in a step (section 6)")
+    steps: int = setting(4000, 1, None, "steps of training (section 7)")
+    # How far each step goes (all section 7).
+    lr: float = setting(3e-3, 0, None, "learning rate at its peak")
+    warmup: int = setting(
+        None, 0, None, "steps until the learning rate has risen to its peak; a tenth if not given"
+    )
+    final_lr: float = setting(0.0, 0, 1, "learning rate at the end, as a share of the peak")
+    weight_decay: float = setting(0.3, 0, None, "pull of the weight matrices towards zero")
+    beta2: float = setting(0.99, 0, 1, "memory of AdamW for the size of the gradients")
+    grad_clip: float = setting(1.0, 0, None, "longest gradient allowed; 0 allows any")
+    dropout: float = setting(0.0, 0, 0.9, "share of the numbers that is blanked out in training")
+    # Around the mathematics.
+    eval_every: int = setting(500, 1, None, "steps between two looks at the held-out text (section 7)")
+    seed: int = setting(1337, 0, 2**32 - 1, "where all chance comes from: same seed, same result")
+    dtype: str = setting("auto", None, None, "auto, float32, bfloat16 or float16 (section 7)")
+    compile: bool = setting(False, None, None, "let torch.compile translate the model first (section 7)")
+    # Counted, not chosen: how many different characters the text has (section 1).
+    vocab_size: int = 65
+
+    def __post_init__(self):
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, not {self.vocab_size}")
+        for row in fields(self):
+            value, least, most = getattr(self, row.name), row.metadata.get("least"), row.metadata.get("most")
+            flag = "--" + row.name.replace("_", "-")
+            if value is not None and least is not None and not least <= value < math.inf:
+                raise ValueError(f"{flag} must be a number from {least} up, not {value}")
+            if value is not None and most is not None and value > most:
+                raise ValueError(f"{flag} must be at most {most}, not {value}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"--n-embd {self.n_embd} can't be shared out evenly among --n-head {self.n_head} heads"
+            )
+        if self.warmup is not None and self.warmup > self.steps:
+            raise ValueError(f"--warmup {self.warmup} is longer than the whole run of --steps {self.steps}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
+
+
+# Named sizes, for `--size`. Only what differs from the table above is written down.
+SIZES = {
+    "tiny": dict(),
+    "small": dict(n_layer=4, n_head=4, n_embd=256, block_size=128),
+    "medium": dict(n_layer=6, n_head=6, n_embd=384, block_size=256),
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),
+}
+
+
+# %% 1. Text to numbers
+# A neural network computes with numbers, so the text must become numbers. The plainest way: make a list of
+# all characters that occur (the *vocabulary*) and write down, for each character, its place in that list.
+# That place is its *token*. Today's large models take frequent pieces of words instead; GPT-2 has 50,257 of
+# them. Characters make the text longer but the vocabulary tiny, and the vocabulary has its price: the model
+# keeps a row of `n_embd` numbers for each entry. With rows of 384 numbers:
+#
+# >>> f"{65 * 384:,} numbers for our characters, {50_257 * 384:,} for GPT-2's pieces"
+# '24,960 numbers for our characters, 19,298,688 for GPT-2's pieces'
+#
+# The second is more than all the rest of our medium model, 10.8 million, would have room for.
+
+
+class CharTokenizer:
+    """Turns text into tokens and back.
+
+    >>> tokenizer = CharTokenizer.from_text("to be or not to be")
+    >>> tokenizer.characters, tokenizer.vocab_size
+    (' benort', 7)
+    >>> tokenizer.encode("not")
+    tensor([3, 4, 6], dtype=torch.int32)
+    >>> tokenizer.decode([1, 2, 2])
+    'bee'
+    """
+
+    def __init__(self, characters):
+        self.characters = characters
+        self.token_of = {character: token for token, character in enumerate(characters)}
+
+    @classmethod
+    def from_text(cls, text):
+        """The tokenizer whose vocabulary is what occurs in `text`, sorted."""
+        return cls("".join(sorted(set(text))))
+
+    @property
+    def vocab_size(self):
+        return len(self.characters)
+
+    def encode(self, text):
+        """Text of N characters -> tensor of N tokens. Raises ValueError for a character that has no token."""
+        try:
+            tokens = array("i", map(self.token_of.__getitem__, text))
+        except KeyError as unknown:
+            known = f"{self.characters!r:.200}"
+            raise ValueError(f"the model has never seen the character {unknown}; it knows {known}") from None
+        return torch.frombuffer(tokens, dtype=torch.int32) if text else torch.empty(0, dtype=torch.int32)
+
+    def decode(self, tokens):
+        """Tokens -> text, the inverse of `encode`."""
+        return "".join(self.characters[token] for token in tokens)
+
+
+# What is there to learn? The model's one task will be to guess the next character, over and over, from
+# those before it. It does not name one character but gives each a probability p, and we score it by -ln p
+# of the character that really came. That score is its *loss* (the *cross-entropy*), and its unit is the
+# *nat*: certain and right costs 0, and each nat more means a probability 2.7 times smaller. An even guess
+# among 65 characters costs
+#
+# >>> round(-math.log(1 / 65), 2)
+# 4.17
+#
+# nats for each character, knowing nothing. Counting alone can do better, and tells how much: score the text
+# with the frequency of each character (spaces and e are cheap, Q is dear), then with the frequency of each
+# pair (after Q comes U). These three numbers are the *yardsticks* by which we see whether the model is
+# learning at all.
+#
+# One rule matters: never test on what you have trained on, since knowing by heart is not knowing. We count,
+# and later train, on the first nine tenths of the text only; the last tenth is *held out*, for measuring.
+
+
+def count_pairs(tokens, vocab_size):
+    """Row a, column b: how often token b follows token a. (N,) -> (V, V)
+
+    >>> count_pairs(torch.tensor([0, 1, 1, 0, 1]), 2)
+    tensor([[0, 2],
+            [1, 1]], dtype=torch.int32)
+    """
+    counts = torch.zeros(vocab_size * vocab_size, dtype=torch.int32)  # (V * V,)
+    for start in range(0, len(tokens) - 1, 2**20):  # a million at a time, to need little memory for any text
+        piece = tokens[start : start + 2**20 + 1].long()
+        pairs = piece[:-1] * vocab_size + piece[1:]  # two tokens as one number
+        counts.scatter_add_(0, pairs, torch.ones_like(pairs, dtype=torch.int32))
+    return counts.view(vocab_size, vocab_size)
+
+
+def yardsticks(pairs, held_out):
+    """What counting alone can tell: name -> loss on the held-out text, in nats per character.
+
+    `pairs` (V, V) are the counts of the training text. One is added to each count (Laplace, 1814), so that
+    what never occurred there is dear but not impossible.
+    """
+    V = len(pairs)
+    before, after = held_out[:-1].long(), held_out[1:].long()  # (N,) each
+    letter_counts, row_totals = pairs.sum(0), pairs.sum(1)  # (V, V) -> (V,)
+    letter = (letter_counts[after] + 1) / (
+        letter_counts.sum() + V
+    )  # (N,) probability of each, by its frequency
+    pair = (pairs[before, after] + 1) / (row_totals[before] + V)  # (N,) the same, knowing the one before
+    return {
+        "guessing evenly": math.log(V),
+        "letter frequencies": -letter.log().mean().item(),
+        "letter pairs": -pair.log().mean().item(),
+    }
+
+
+# %% 2. Attention
+# To guess the next character the model must look at those before it, and which of them matter depends on
+# the text: after `Q` the last one is enough, inside a name it needs the name's beginning, and whether a
+# line is verse shows only further back. *Attention* (Vaswani et al., "Attention Is All You Need", 2017)
+# lets every position choose for itself where to look. Inside the model each position is a row of numbers, a
+# *vector*. From it three more are made:
+#
+#     query  what this position is looking for
+#     key    what this position has to offer those who look
+#     value  what it hands over when it is looked at
+#
+# Query times key, number by number and summed, is large where the two fit. *Softmax* turns these scores
+# into weights: e to the power of each, divided by their sum, so that all are positive and add up to 1. The
+# result is the weighted mean of the values. Dividing by the root of the vector's length keeps the scores of
+# long vectors from growing so large that softmax would give everything to one of them and leave nothing to
+# learn from.
+#
+# Now the one rule a text imposes: a position may look back, never ahead, or it would read its answer
+# instead of guessing it. The *causal mask* sets the scores of later positions to minus infinity, and
+# softmax makes them 0.
+
+
+def attention_by_hand(query, key, value):
+    """Attention as its formula says it. Each of the three: (..., T, head_size), and so is the result.
+
+    Three positions, vectors of one number. All ask with the query 1. The third key fits better than the
+    others, by ln 2, so it gets twice their weight: 1/4, 1/4, 1/2. The first sees only itself, the second two.
+
+    >>> query, key = torch.tensor([[1.0], [1.0], [1.0]]), torch.tensor([[0.0], [0.0], [math.log(2)]])
+    >>> value = torch.tensor([[8.0], [4.0], [0.0]])
+    >>> attention_by_hand(query, key, value).flatten()  # 8, (8 + 4) / 2, 8/4 + 4/4 + 0/2
+    tensor([8., 6., 3.])
+
+    PyTorch has the same in one call that never writes down the whole table of weights, and so is faster:
+
+    >>> F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True).flatten()
+    tensor([8., 6., 3.])
+    """
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (..., T, head_size) -> (..., T, T)
+    ahead = torch.ones_like(scores).triu(1).bool()  # (..., T, T) true where the column is later than the row
+    weights = scores.masked_fill(ahead, -math.inf).softmax(-1)  # (..., T, T) each row adds up to 1
+    return weights @ value  # (..., T, T) -> (..., T, head_size)
+
+
+# A *linear layer* is the network's plainest part: it multiplies a vector by a table of numbers, its
+# weights, and adds a vector, its biases. Weights and biases are the *parameters*: they start at random and
+# are what is learned. One linear layer makes query, key and value in one go. We do not attend once but
+# `n_head` times side by side, each *head* with its own slice of the vectors, so that one can watch the last
+# letter while another watches the speaker's name. A last linear layer mixes what the heads have found. The
+# names are those of GPT-2's own files: `c_attn` makes query, key and value, and `c_proj` projects back to
+# width C.
+
+
+class Attention(nn.Module):
+    """Causal self-attention with several heads. (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None, start=0):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(
+            B, T, 3, self.n_head, C // self.n_head
+        )  # (B, T, C) -> (B, T, 3, n_head, head_size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three times (B, n_head, T, head_size)
+        if cache is not None:  # only when writing; section 8 explains it
+            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
+            k, v = cache[:, :, :, : start + T]  # (B, n_head, start + T, head_size)
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=T > 1
+        )  # a single query is the last: nothing is ahead
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, head_size) -> (B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)  # dropout: see section 7
+
+
+# %% 3. The MLP
+# Attention moves information between positions but only ever averages it. The *MLP* (multi-layer
+# perceptron) is where each position, on its own, thinks about what it has gathered: a linear layer to four
+# times the width, a bend, a linear layer back. Without the bend two linear layers would be no more than
+# one. GPT-2 bends with *GELU* (Hendrycks and Gimpel, 2016): each number x is multiplied by the probability
+# that a normally distributed number is smaller than x. Large numbers pass, strongly negative ones become 0,
+# and in between it is smooth:
+#
+# >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
+# tensor([-0.0000, -0.1600, 0.0000, 0.8400, 3.0000])
+#
+# Two thirds of all weights of a block are here; most of what a model knows by heart is kept in them.
+
+
+class MLP(nn.Module):
+    """Two linear layers with a bend between them, at each position alone. (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # "fully connected"
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x))  # (B, T, C) -> (B, T, 4 * C)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, 4 * C) -> (B, T, C)
+
+
+# %% 4. The block
+# A block is one round of "look around, then think". Each half does not replace the vectors but adds to
+# them: this is a *residual connection* (He et al., 2015). So the vectors run through the whole model as a
+# stream that each layer reads from and writes to, the *residual stream*; what a layer does not touch passes
+# unchanged, and in training the correction reaches the lowest layer as directly as the highest. Without it,
+# deep models hardly learn.
+#
+# *Layer normalization* (Ba et al., 2016) comes before each half: it shifts and scales every vector to mean
+# 0 and spread 1, then applies a learned scale and shift of its own. Each layer so gets input of the same
+# size whatever those below have piled up. Putting it before the half rather than after is GPT-2's change to
+# the first transformer, and the reason that such models train without special care.
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each normalized first and added to the stream. (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, start=0):
+        x = x + self.attn(self.ln_1(x), cache, start)  # (B, T, C)
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+
+
+# %% 5. The model
+# What is still missing are the two ends. Going in, each token becomes a vector: row number `token` of a
+# learned table, its *embedding*. Attention cannot tell the order of what it sees (a weighted mean has
+# none), so a second table has a vector for each position in the context, and the two are added. Without it
+# the model sees a bag of letters. Coming out, each vector is compared with all rows of the first table,
+# giving a number for each character, its *logit*: the higher, the likelier; softmax turns them into
+# probabilities. Using one table at both ends is *weight tying* (Press and Wolf, 2017): a character is read
+# and written with the same vector, and learned once.
+#
+# Count the parameters: the two tables, in each block 12 C² weights and 13 C biases and scales, and a last
+# layer normalization.
+#
+# >>> def count(V, T, C, n_layer): return V * C + T * C + n_layer * (12 * C * C + 13 * C) + 2 * C
+# >>> configs = [Config(**size) for size in SIZES.values()]
+# >>> [f"{count(65, c.block_size, c.n_embd, c.n_layer) / 1e6:.1f} M" for c in configs]
+# ['0.4 M', '3.2 M', '10.8 M', '85.9 M']
+#
+# The *initial weights* must be random, or all units of a layer would stay alike forever; how large matters
+# more than it seems. GPT-2 drew them with a spread of 0.02, good for its widths of 768 to 1,600. A sum of C
+# random terms grows with the root of C, so the spread that keeps vectors the same size through a layer is 1
+# / sqrt(C): 0.088 at width 128, where 0.02 leaves all signals faint and the first hundreds of steps go into
+# making them louder. Layers that write to the residual stream start smaller by sqrt(2 * n_layer), as GPT-2
+# has it, so that a deep stack of them does not drown the stream. And positions need not start as noise: we
+# fill their table with the waves of the first transformer, sines and cosines from fast to slow, in which
+# places that are near have vectors that are alike. It is the same table and learns as freely, but need not
+# discover first that 7 is next to 8.
+
+
+class GPT(nn.Module):
+    """The whole model: tokens (B, T) -> logits (B, T, V), at each position for the character after it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, C = config, config.n_embd
+        self.wte = nn.Embedding(config.vocab_size, C)  # "weights of the token embedding"
+        self.wpe = nn.Embedding(config.block_size, C)  # "weights of the position embedding"
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # "hidden layers"
+        self.ln_f = nn.LayerNorm(C, eps=1e-5)  # "final"
+        self.set_initial_weights()
+
+    @torch.no_grad()
+    def set_initial_weights(self):
+        config, chance = self.config, torch.Generator().manual_seed(self.config.seed)
+        std = 1 / math.sqrt(config.n_embd) if config.init_std is None else config.init_std
+        for name, parameter in self.named_parameters():
+            if (
+                parameter.dim() == 2
+            ):  # the matrices; scales and shifts of layer normalization start at 1 and 0
+                smaller = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                parameter.normal_(0, std / smaller, generator=chance)
+            elif name.endswith("bias"):
+                parameter.zero_()
+        if config.wave_positions:
+            slowness = 10_000 ** (torch.arange(0, config.n_embd, 2) / config.n_embd)  # (C / 2,)
+            angle = torch.arange(config.block_size)[:, None] / slowness  # (T, C / 2)
+            waves = torch.cat([angle.sin(), angle.cos()], dim=1)[
+                :, : config.n_embd
+            ]  # (T, C), mean square 1/2
+            self.wpe.weight.copy_(waves * std * math.sqrt(2))
+
+    def forward(self, tokens, cache=None, start=0):
+        """Raises ValueError if the tokens don't fit the context. `cache` and `start` belong to section 8."""
+        T = tokens.size(1)
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} characters don't fit a context of {self.config.block_size}")
+        positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
+        x = self.wte(tokens) + self.wpe(positions)  # (B, T) and (T,) -> (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache[layer], start)  # (B, T, C)
+        return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, C) -> (B, T, V)
+
+
+# %% 6. Batches
+# Training shows the model stretches of text with the question "what comes next?" at every position at once:
+# a stretch of T characters asks T questions, and the mask keeps each from seeing its answer. The targets
+# are the inputs moved on by one. A *batch* of B stretches is worked through together, since a processor
+# multiplies one large matrix much faster than many small ones.
+#
+# Where do the stretches begin? Anywhere, by chance. But chance that can be repeated: a *seed* is a number
+# from which a generator of random numbers starts, and the same seed gives the same numbers forever. Step s
+# of a run takes all of its chance from the run's seed and s, and from nothing that happened before. That is
+# why a run of this file can be repeated to the last bit, and why one that was interrupted goes on as if it
+# never had been: there is no state of the dice to save.
+
+
+def seed_of(seed, step):
+    """One number below 2**32 for seed and step. With a plain sum, seed 2 would repeat seed 1 a step later."""
+    return (seed * 1_000_003 + step) % 2**32
+
+
+def get_batch(tokens, batch_size, block_size, seed, step):
+    """The batch of this step: inputs and targets, (B, T) each, on the device of `tokens` (N,).
+
+    >>> inputs, targets = get_batch(torch.arange(100), batch_size=2, block_size=4, seed=1, step=0)
+    >>> torch.equal(targets, inputs + 1)  # this text is 0, 1, 2, ..., so what comes next is one more
+    True
+    """
+    chance = torch.Generator().manual_seed(seed_of(seed, step))
+    starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=chance)  # (B, 1)
+    windows = tokens[(starts + torch.arange(block_size + 1)).to(tokens.device)].long()  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+# %% 7. Training
+# The model starts knowing nothing. Each step of training takes one batch and asks: which small change of
+# each parameter would have made the loss smaller? The answer is the *gradient*, one number for each
+# parameter, which PyTorch works out backwards from the loss through everything that led to it
+# (`loss.backward()`). The optimizer then moves every parameter a little against its gradient. That is all;
+# the rest of this section is how far to move.
+#
+# *The learning rate* is how far. Too small wastes time, too large throws away what was learned; the right
+# value is large at first and small at the end. *Warm-up*: the first steps rise from almost 0, since the
+# first gradients point wildly and the optimizer knows nothing of their size yet. *Cosine decay* (Loshchilov
+# and Hutter, 2017): from the peak it falls along half a cosine wave, first slowly, then fast, then gently
+# to its end. Large steps find the region, small ones the lowest point in it; a run that stays at the peak
+# ends visibly higher.
+
+
+def learning_rate(step, config):
+    """The learning rate of a step, counted from 0.
+
+    >>> config = Config(steps=101, warmup=20, lr=1.0, final_lr=0.1)
+    >>> [round(learning_rate(step, config), 2) for step in (0, 10, 20, 60, 100)]
+    [0.05, 0.55, 1.0, 0.55, 0.1]
+    """
+    warmup = config.steps // 10 if config.warmup is None else config.warmup
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - 1 - warmup)  # from 0 at the peak to 1 at the last step
+    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+# *AdamW* (Kingma and Ba, 2015; Loshchilov and Hutter, 2019) does not follow a gradient as it comes, since
+# batches differ and single ones mislead. For each parameter it keeps two running means: of the gradient
+# (over about the last 1 / (1 - 0.9) = 10 steps) and of its square (over about 1 / (1 - beta2) = 100), and
+# moves by the first divided by the root of the second. So every parameter moves at about the same pace, the
+# learning rate, whether its gradients are large or tiny; plain gradient descent would need a rate of its
+# own for each kind of layer.
+#
+# *Weight decay* shrinks each weight a little in every step, by the learning rate times `weight_decay`. What
+# the data does not keep asking for fades, which keeps weights small and the model from learning the text by
+# heart. Only the matrices decay: a bias or a scale of layer normalization has nothing to spare.
+
+
+def make_optimizer(model, config):
+    """AdamW over all parameters of the model, with weight decay on the matrices alone."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    fused = matrices[0].device.type != "mps"  # all parameters in one go instead of one after the other
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
+
+
+# *Precision.* A float32 number has 24 bits of precision, more than training needs. GPUs multiply 16-bit
+# numbers several times faster. bfloat16 keeps float32's range and gives up precision; float16 does the
+# reverse, so that small gradients would become 0 unless the loss is scaled up first and the gradients down
+# after (`GradScaler`). In *mixed precision* (Micikevicius et al., 2018) only the multiplications run in 16
+# bits, while weights, sums and the optimizer stay in float32. `auto` takes bfloat16 on GPUs that have it in
+# hardware (2020 and later), float16 on older ones such as Colab's T4 (which accepts bfloat16 but only
+# imitates it, slowly), and float32 elsewhere.
+
+
+def number_format(dtype, device):
+    """The torch.dtype for this setting on this device. Raises ValueError for one that the device can't do."""
+    if dtype == "auto" and device.type == "cuda":
+        dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    able = {"cpu": ("auto", "float32", "bfloat16"), "mps": ("auto", "float32")}.get(device.type)
+    if able and dtype not in able:
+        raise ValueError(f"--dtype {dtype} is not for --device {device.type}: choose {' or '.join(able)}")
+    return torch.float32 if dtype == "auto" else getattr(torch, dtype)
+
+
+# *Several processes* (`torchrun`) can share one run: each has the whole model and its share of every batch,
+# and their gradients are averaged before each step, so that together they do what one would do with the
+# whole batch. This is *data parallelism*. With one process, as on a laptop, the two functions below return
+# (0, 1) and their input.
+
+
+def place_among_processes():
+    """This process's number, from 0, and how many there are."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def sum_over_processes(number, device):
+    """The sum of a number that each process has one of; the same in all of them."""
+    if place_among_processes()[1] == 1:
+        return number
+    total = torch.tensor(number, dtype=torch.float32, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+# *The held-out loss* is the one number to judge by, so we do not estimate it from a few batches: we cut the
+# whole held-out text into windows and take the mean over every character. While it falls together with the
+# training loss, the model is learning the language; when the training loss goes on falling and this one
+# turns and rises, it is learning the text by heart: *overfitting*.
+
+
+@torch.inference_mode()  # no gradients are wanted here, so nothing is kept for them
+def evaluate(model, tokens):
+    """Mean loss in nats per character over all of `tokens` (N,), read once, in windows of the context."""
+    config, device = model.config, tokens.device
+    T, questions = config.block_size, len(tokens) - 1
+    whole = questions // T * T  # as many as fill whole windows; what is left makes a shorter one
+    windows = zip(
+        [
+            *tokens[:whole].view(-1, T).split(max(1, 8192 // T)),
+            tokens[None, whole:questions],
+        ],  # inputs (n, T)
+        [
+            *tokens[1 : whole + 1].view(-1, T).split(max(1, 8192 // T)),
+            tokens[None, whole + 1 :],
+        ],  # targets (n, T)
+    )
+    rank, processes = place_among_processes()
+    dtype = number_format(config.dtype, device)
+    was_training, total = model.training, 0.0
+    model.eval()  # without dropout
+    for inputs, targets in list(windows)[rank::processes]:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(inputs)  # (n, T) -> (n, T, V)
+        total += F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten().long(), reduction="sum"
+        ).item()
+    model.train(was_training)
+    return sum_over_processes(total, device) / questions
+
+
+# *Gradient clipping* (Pascanu et al., 2013): now and then a batch is so odd that its gradient, all its
+# numbers taken as one long vector, is many times longer than usual; shortening it to length 1 keeps one bad
+# step from undoing many.
+#
+# *Dropout* (Srivastava et al., 2014) blanks out a random share of the numbers in each step, so that no
+# layer can rely on single ones. It slows learning and hinders learning by heart: of use where a large model
+# sees a small text many times, as `medium` does; `tiny` can't overfit in its few passes and does without.
+#
+# The recipe is these settings together, and it is what makes this file fast. Two changes matter most. Small
+# batches: the usual advice of large ones is for many GPUs; with a given amount of computing, 8 stretches a
+# step and four times the steps learn far more than 32. And initial weights and a learning rate that suit
+# the width. The README has a table that adds one change at a time to the usual recipe, with its gain.
+
+
+@dataclass
+class Report:
+    """What `train` says after each step."""
+
+    step: int  # steps done so far
+    loss: float  # of this step's batch, in nats per character
+    held_out: float | None  # loss on the held-out text, when this step was followed by a look at it
+    seconds: float  # spent in steps of this call, looks at the held-out text left out
+    state: object  # call it for all that is needed to go on from here: what `train` takes as `state`
+
+
+def train(model, training, held_out, state=None):
+    """Train the model, in place, as its config says; an iterator that yields a Report after each step.
+
+    training, held_out: tokens (N,), on the model's device. With the `state` of a report, goes on from there.
+    Raises FloatingPointError when the loss is no longer a number.
+    """
+    config, device, start, seconds = model.config, training.device, 0, 0.0
+    dtype = number_format(config.dtype, device)
+    optimizer = make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if state is not None:
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # empty unless in float16
+            scaler.load_state_dict(state["scaler"])
+    rank, processes = place_among_processes()
+    network = nn.parallel.DistributedDataParallel(model) if processes > 1 else model  # averages the gradients
+    network = torch.compile(network) if config.compile else network
+
+    for step in range(start, config.steps):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        torch.manual_seed(seed_of(config.seed, step) + rank)  # for dropout, as in get_batch
+        batch = get_batch(training, config.batch_size, config.block_size, config.seed, step)
+        inputs, targets = (half.chunk(processes)[rank] for half in batch)  # (B, T) each: this process's share
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = network(inputs)  # (B, T) -> (B, T, V)
+            loss = F.cross_entropy(
+                logits.flatten(0, 1), targets.flatten()
+            )  # (B * T, V), (B * T,) -> one number
+        optimizer.zero_grad()  # gradients add up unless they are cleared
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if config.grad_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        mean_loss = sum_over_processes(loss.item(), device) / processes
+        seconds += time.perf_counter() - began
+
+        look = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
+        held_out_loss = evaluate(model, held_out) if look else None
+        if not math.isfinite(mean_loss + (held_out_loss or 0)):
+            raise FloatingPointError(
+                f"the loss is {mean_loss} at step {step + 1}: try a lower --lr than {config.lr}"
+            )
+        yield Report(
+            step + 1,
+            mean_loss,
+            held_out_loss,
+            seconds,
+            lambda: {
+                "step": step + 1,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            },
+        )
+
+
+# %% 8. Writing
+# To write, the model guesses, we choose one character by its probabilities, add it to the text, and ask
+# again. How to choose is our affair. *Temperature* divides the logits before softmax: below 1 the likely
+# becomes likelier (careful, repetitive), above 1 all becomes more even (bold, then nonsense), and at 0 only
+# the likeliest is left. *Top-k* strikes out all but the k likeliest, since a thousand small follies add up
+# to a real chance of one.
+
+
+def probabilities(logits, temperature=1.0, top_k=0):
+    """Logits (V,) -> the probabilities (V,) to choose by. top_k = 0 keeps all.
+
+    >>> logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    >>> probabilities(logits).round(decimals=2)
+    tensor([0.6400, 0.2400, 0.0900, 0.0300])
+    >>> probabilities(logits, temperature=0.5).round(decimals=2)
+    tensor([0.8600, 0.1200, 0.0200, 0.0000])
+    >>> probabilities(logits, temperature=2.0).round(decimals=2)
+    tensor([0.4600, 0.2800, 0.1700, 0.1000])
+    >>> probabilities(logits, top_k=2).round(decimals=2)
+    tensor([0.7300, 0.2700, 0.0000, 0.0000])
+    >>> probabilities(logits, temperature=0)
+    tensor([1., 0., 0., 0.])
+    """
+    if temperature < 1e-6:  # 0, or as good as 0
+        return F.one_hot(logits.argmax(), len(logits)).float()
+    logits = (logits - logits.max()) / temperature  # the largest becomes 0: nothing can overflow
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
+    return logits.softmax(0)
+
+
+# *The key-value cache.* Done naively, each new character sends the whole text through the model again, only
+# to read the logits at its end. Yet nothing has changed for the earlier positions: none of them can see the
+# new one, so their keys and values are what they were. So each attention layer writes its keys and values
+# down, and a new character costs the work of one position: it makes its own query, key and value and looks
+# at those written down. The answer is the same. The cache is one tensor, with room for a whole context in
+# each layer.
+#
+# When the context is full there is no place left: positions are rows of a table, and the table has an end.
+# Then we keep the later half of the text, send that through afresh as if it had just begun, and go on; so
+# the text can be of any length and the memory stays the same.
+
+
+def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, seed=1337):
+    """Write on from `prompt`: an iterator over `length` characters, one at a time as they are made.
+
+    An empty prompt begins as after an empty line; of one longer than the context the last part counts. Leaves
+    the model's training mode and PyTorch's own random numbers as they were. Raises ValueError for unknown
+    characters in the prompt and for a length, temperature or top_k that makes no sense.
+    """
+    config, device = model.config, model.wte.weight.device
+    if length < 1:
+        raise ValueError(f"--length must be at least 1, not {length}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"--temperature must be a number from 0 up, not {temperature}")
+    if not 0 <= top_k <= config.vocab_size:
+        raise ValueError(f"--top-k must be from 0 to {config.vocab_size}, the vocabulary's size, not {top_k}")
+    known = tokenizer.token_of.keys()
+    text = tokenizer.encode(prompt or ("\n\n" if "\n" in known else tokenizer.characters[0])).tolist()
+
+    def characters():
+        chance = torch.Generator().manual_seed(seed)
+        context, done = (
+            text[-config.block_size :],
+            0,
+        )  # done: how many characters of the context are in the cache
+        head_size = config.n_embd // config.n_head
+        cache = torch.zeros(config.n_layer, 2, 1, config.n_head, config.block_size, head_size, device=device)
+        was_training = model.training
+        model.eval()
+        try:
+            for _ in range(length):
+                if len(context) > config.block_size:
+                    context, done = context[-max(1, config.block_size // 2) :], 0
+                with torch.inference_mode():
+                    new = torch.tensor(
+                        [context[done:]], device=device
+                    )  # (1, T): the prompt, later one character
+                    logits = model(new, cache, done)[0, -1].float().cpu()  # (1, T) -> (V,)
+                    chances = probabilities(logits, temperature, top_k)  # (V,)
+                    token = torch.multinomial(chances, 1, generator=chance).item()
+                done = len(context)
+                context.append(token)
+                yield tokenizer.characters[token]
+        finally:
+            model.train(was_training)
+
+    return characters()
+
+
+# %% 9. Around the lesson
+# The mathematics is done; what follows makes it a program that people can trust with a night of computing.
+# First, the text: any UTF-8 file. Where there is none, it fetches Tiny Shakespeare, the text that Andrej
+# Karpathy's char-rnn made famous, and accepts it only if its SHA-256, a fingerprint of the bytes, is the
+# right one.
+
+NOTEBOOK = hasattr(builtins, "__IPYTHON__")  # running in Jupyter or Colab
+TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def write_whole(path, content):
+    """Write bytes to a file so that at every moment either the old content or the new is there, whole.
+
+    The bytes go to a file beside it, are flushed to the disk, and only then take its name. Raises OSError.
+    """
+    beside = Path(f"{path}.part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:  # Ctrl-C too
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(
+                f"can't write {path} ({error.strerror}); what was there before is untouched"
+            ) from None
+        raise
+
+
+def find_text(name):
+    """The path of the text. None means input.txt, here or beside this file, or fetched if there is none."""
+    if name is not None:
+        return Path(name)
+    beside = Path(globals().get("__file__", "")).parent / "input.txt"  # a notebook has no __file__
+    for path in (Path("input.txt"), beside):
+        if path.exists():
+            return path
+    say(f"There is no input.txt here: fetching Tiny Shakespeare from {TEXT_URL}")
+    advice = "put a text here as input.txt, or name one with --data"
+    try:
+        with urllib.request.urlopen(TEXT_URL, timeout=30) as answer:
+            content = answer.read()
+    except OSError as error:
+        raise OSError(f"can't fetch a text ({error}): {advice}") from None
+    if hashlib.sha256(content).hexdigest() != TEXT_SHA256:
+        raise ValueError(f"what came from {TEXT_URL} is not Tiny Shakespeare: {advice}")
+    write_whole("input.txt", content)
+    return Path("input.txt")
+
+
+def read_text(path):
+    """The text in a UTF-8 file, with line ends of any system as \\n. Raises OSError or ValueError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # "sig": skips a byte-order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})"
+        ) from None
+    except OSError as error:
+        raise OSError(f"can't read the text {path}: {error.strerror}") from None
+
+
+# Devices: `auto` takes the first that is there of an NVIDIA GPU (cuda), an Apple GPU (mps) and the CPU.
+
+
+def pick_device(name="auto"):
+    """The torch.device of this name. Raises ValueError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[
+            device.type
+        ]
+    except (RuntimeError, KeyError):
+        raise ValueError(
+            f"unknown --device {name!r}: choose auto, cpu, cuda, cuda:1 (the second GPU) or mps"
+        ) from None
+    if device.type == "cuda" and device.index is None:
+        device = torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", 0))
+        )  # each of several processes takes its own
+    if (device.index or 0) >= there:
+        raise ValueError(
+            f"--device {name}: PyTorch finds no such device here; --device auto takes the best there is"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32: float32 products with fewer bits, on GPUs that have it
+    return device
+
+
+# Checkpoints. A *checkpoint* is a model in a file: settings, characters, weights, and the losses on the
+# way. Files from others can't be trusted: Python's own format (pickle) may run any code when it is opened.
+# With `weights_only=True` PyTorch reads tensors and plain values and nothing else, and then we check what
+# we have got.
+
+
+def save(path, model, tokenizer, more=None):
+    """Save a model and its tokenizer to a file, with more entries if given (a dict). Raises OSError."""
+    content = {
+        "config": asdict(model.config),
+        "characters": tokenizer.characters,
+        "model": model.state_dict(),
+    }
+    buffer = io.BytesIO()
+    torch.save(content | (more or {}), buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def read_checkpoint(path):
+    """What `save` has written, as a dict, checked. Raises OSError if it is not there, ValueError if it is bad."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no {path}; to train a model: python gpt.py --out {path}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        config, weights = Config(**found["config"]), found["model"]
+        if len(weights) != 12 * config.n_layer + 4 or len(set(found["characters"])) != config.vocab_size:
+            raise ValueError("wrong number of weights or characters")
+        GPT(config).load_state_dict(weights)  # compares all names and shapes
+        tensors = list(weights.values())
+        if "optimizer" in found:
+            moments = [t for entry in found["optimizer"]["state"].values() for t in entry.values() if t.dim()]
+            if (
+                sorted(t.shape for t in moments) != sorted(2 * [t.shape for t in tensors])
+                and found["step"] > 0
+            ):
+                raise ValueError("wrong shapes in the optimizer's state")
+            tensors += moments
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            raise ValueError("numbers that are not finite")
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ValueError(f"{path} is not a whole model of gpt.py ({reason})") from None
+    return found
+
+
+def load(path="gpt.pt", device="cpu"):
+    """The model and the tokenizer saved in a file, ready to write. Raises OSError or ValueError."""
+    found = read_checkpoint(path)
+    model = GPT(Config(**found["config"]))
+    model.load_state_dict(found["model"])
+    return model.eval().to(device), CharTokenizer(found["characters"])
+
+
+def draw(path, history, marks):
+    """Draw training and held-out loss against the step, with the yardsticks `marks`, into an image file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(
+            "--plot needs matplotlib: pip install matplotlib (or uv run --with matplotlib gpt.py ...)"
+        ) from None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per character)")
+    losses = torch.tensor(history["training"])
+    piece = max(1, len(losses) // 200)  # means over short stretches: single batches jump about
+    means = losses[: len(losses) // piece * piece].view(-1, piece).mean(1)
+    axes.plot([piece * (i + 1) for i in range(len(means))], means.tolist(), label="training")
+    axes.plot(*zip(*history["held_out"]), marker="o", label="held out") if history["held_out"] else None
+    for (name, loss), style in zip(marks.items(), (":", "-.", "--")):
+        axes.axhline(loss, color="gray", linestyle=style, label=f"{name}: {loss:.2f}")
+    axes.legend()
+    kind = Path(path).suffix[1:] or "png"
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise ValueError(f"--plot {path}: no picture format is called {kind}; try loss.png")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind)
+    write_whole(path, buffer.getvalue())
+    return figure
+
+
+# %% 10. The command line
+# What a user types becomes settings, and what goes wrong becomes one line that says what to do.
+
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+WRITING = {"prompt", "length", "temperature", "top_k"}
+FLAGS = {  # beside those of Config
+    "size": (str, "tiny, small, medium or gpt2: other defaults for the settings below (default: tiny)"),
+    "device": (str, "auto, cpu, cuda, cuda:1 or mps (default: auto)"),
+    "data": (str, "the text to train on, in UTF-8 (default: input.txt)"),
+    "out": (str, "the file of the model (default: gpt.pt)"),
+    "resume": (bool, "go on with the run of --out where it stopped"),
+    "init_from": (str, "start from this trained model instead of from nothing"),
+    "plot": (str, "draw the loss into this file, such as loss.png (needs matplotlib)"),
+    "generate": (bool, "don't train: write with the model in --out"),
+    "prompt": (str, "what to write on from; - reads it from standard input (default: an empty line)"),
+    "length": (int, "how many characters to write (default: 500)"),
+    "temperature": (
+        float,
+        "0: always the likeliest character, 1: by the model's own probabilities (default: 0.8)",
+    ),
+    "top_k": (int, "choose among the k likeliest only; 0: among all (default: 0)"),
+}
+
+
+def say(line, end="\n"):
+    """A line of news; of several processes only the first says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, end=end, flush=True)
+
+
+def read_flags(argv):
+    """The command line, a list of words -> the flags that were given, by name. Raises ValueError."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise ValueError(f"{message}; python gpt.py --help lists all flags")
+
+    parser = Parser(
+        "gpt.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
+    rows = [(name, kind, meaning) for name, (kind, meaning) in FLAGS.items()]
+    for row in fields(Config):
+        if row.metadata:
+            default = "" if row.default is None else f" (default: {row.default})"
+            rows.append((row.name, row.type, row.metadata["meaning"] + default))
+    for name, kind, meaning in rows:
+        switch = "store_true" if name in FLAGS else argparse.BooleanOptionalAction
+        how = {"action": switch} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument("--" + name.replace("_", "-"), help=meaning, **how)
+    return vars(parser.parse_args(argv))
+
+
+def refuse(given, names, why):
+    for name in sorted(given.keys() & set(names)):
+        raise ValueError(f"--{name.replace('_', '-')} can't be given {why}")
+
+
+def write(model, tokenizer, given, seed):
+    """Print text as it is made, on a terminal each character at once."""
+    how = {name: given[name] for name in WRITING & given.keys()}
+    prompt = how["prompt"] = sys.stdin.read() if how.get("prompt") == "-" else how.get("prompt", "")
+    text = generate(model, tokenizer, seed=seed, **how)
+    if len(prompt) > model.config.block_size:
+        print(
+            f"Of the prompt the last {model.config.block_size} characters count: the context.",
+            file=sys.stderr,
+        )
+    print(prompt, end="")
+    for character in text:
+        print(character, end="", flush=sys.stdout.isatty())
+    print(end="\n" if sys.stdout.isatty() or NOTEBOOK or "generate" not in given else "", flush=True)
+
+
+def settings_for(given, unfinished):
+    """The flags -> the config of the run, and the checkpoint that it starts from (None: from nothing)."""
+    if "resume" in given:
+        may = {"resume", "out", "steps", "device", "data", "plot"} | WRITING
+        refuse(given, given.keys() - may, "beside --resume: the run keeps the settings that it began with")
+        if not unfinished.exists():
+            raise FileNotFoundError(f"there is no run to resume: {unfinished} does not exist")
+        state = read_checkpoint(unfinished)
+        config = Config(**state["config"])
+        if given.get("steps", config.steps) < state.get("step", math.inf):
+            raise ValueError(
+                f"the run in {unfinished} is at step {state.get('step')}: --steps must be larger"
+            )
+        return replace(config, steps=given.get("steps", config.steps)), state
+    chosen = {row.name: given[row.name] for row in fields(Config) if row.name in given}
+    if "init_from" in given:
+        refuse(given, {"size", *SHAPE}, "beside --init-from: the trained model has its shape")
+        start = read_checkpoint(given["init_from"])
+        config = Config(
+            **start["config"]
+        )  # gentler than from nothing: an eighth of the steps, a quarter of the rate
+        gentle = {"lr": config.lr / 4, "steps": max(1, config.steps // 8), "warmup": None}
+        return replace(config, **{"eval_every": max(1, config.eval_every // 8), **gentle, **chosen}), start
+    if given.get("size", "tiny") not in SIZES:
+        raise ValueError(f"unknown --size {given['size']!r}: choose {', '.join(SIZES)}")
+    return Config(**{**SIZES[given.get("size", "tiny")], **chosen}), None
+
+
+def run(given):
+    """Train as the flags say, save as we go, and write a scene at the end. Returns the exit status."""
+    global model, tokenizer  # so that they are there for the next cell of a notebook
+    out = Path(given.get("out", "gpt.pt"))
+    unfinished = out.with_name(f"{out.stem}.resume{out.suffix}")
+    device = pick_device(given.get("device", "auto"))
+    config, start = settings_for(given, unfinished)
+    resuming = start if "resume" in given else None
+
+    path = find_text(given.get("data") or (resuming and resuming["data"]))
+    text = read_text(path)
+    shortest = 10 * config.block_size + 1  # then a tenth of it is one window and its targets
+    if len(text) < shortest:
+        raise ValueError(
+            f"{path} has {len(text)} characters; --block-size {config.block_size} needs {shortest}"
+        )
+    tokenizer = CharTokenizer(start["characters"]) if start else CharTokenizer.from_text(text)
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    if resuming and resuming["text"] != fingerprint:
+        raise ValueError(f"{path} is not the text that the run in {unfinished} began with")
+    unseen = Counter(filter(lambda c: c not in tokenizer.token_of, text)) if start else {}
+    if unseen:
+        counts = ", ".join(f"{c!r} ({n} times)" for c, n in unseen.most_common(20))
+        raise ValueError(f"{path} has {len(unseen)} characters that {given['init_from']} never saw: {counts}")
+    if path.resolve() in (out.resolve(), unfinished.resolve()):
+        raise ValueError(f"--out {out} would overwrite the text: choose another name")
+    config = replace(config, vocab_size=tokenizer.vocab_size)
+    number_format(config.dtype, device)  # raises if the device can't
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size % processes:
+        raise ValueError(
+            f"--batch-size {config.batch_size} can't be shared out evenly among {processes} processes"
+        )
+
+    tokens = tokenizer.encode(text)  # (N,)
+    cut = len(tokens) * 9 // 10
+    pairs = count_pairs(tokens[:cut], config.vocab_size)  # (V, V)
+    marks = yardsticks(pairs, tokens[cut:])
+    pairs += count_pairs(tokens[cut - 1 :], config.vocab_size)  # now of the whole text
+    different = pairs.count_nonzero().item()
+    say(f"{path}: {len(text):,} characters, {config.vocab_size:,} different ones;", end=" ")
+    say(f"{different:,} of the {config.vocab_size**2:,} possible pairs occur.")
+    say(f"The last {len(text) - cut:,} are held out. Their loss by counting alone, in nats per character:")
+    say("    " + ", ".join(f"{name} {loss:.2f}" for name, loss in marks.items()))
+    del text, pairs
+    tokens = tokens.to(device)
+    model = GPT(config)
+    if start:
+        model.load_state_dict(start["model"])
+    model.to(device)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    shape = (
+        f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {config.block_size}"
+    )
+    say(f"{shape}: {count / 1e6:.2f} million parameters, on {device}.")
+
+    history = resuming["history"] if resuming else {"training": [], "held_out": []}
+    if processes > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    first = place_among_processes()[0] == 0
+    if first and "plot" in given:
+        draw(given["plot"], history, marks)  # now, so that a mistake shows before the training and not after
+
+    def save_state(state):
+        if first:
+            save(
+                unfinished,
+                model,
+                tokenizer,
+                state | {"history": history, "data": str(path), "text": fingerprint},
+            )
+
+    if first and not resuming:
+        for older in (out, unfinished):
+            if older.exists():
+                write_whole(f"{older}.old", older.read_bytes())
+                say(f"{older} was there already and is kept as {older}.old.")
+        nothing = make_optimizer(model, config).state_dict()
+        save_state({"step": 0, "optimizer": nothing, "scaler": {}})
+
+    caught = []  # signals to stop: Ctrl-C, or SIGTERM from the system
+
+    def stop(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+    main_thread = threading.current_thread() is threading.main_thread()  # only there can signals be caught
+    handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
+    best = min((loss for _, loss in history["held_out"]), default=math.inf)
+    begun, shown = len(history["training"]), 0.0
+    ahead = [] if begun else sorted(marks.items(), key=lambda mark: -mark[1])  # yardsticks not yet passed
+    try:
+        for report in train(model, tokens[:cut], tokens[cut:], resuming):
+            history["training"].append(report.loss)
+            recent = history["training"][-20:]
+            training_loss = sum(recent) / len(recent)
+            pace = report.seconds / (report.step - begun)  # seconds a step
+            left = round(pace * (config.steps - report.step))
+            line = f"step {report.step:,} of {config.steps:,}  training loss {training_loss:.3f}"
+            if report.held_out is not None:
+                line += f"  held-out loss {report.held_out:.4f}"
+            line += f"  {config.batch_size * config.block_size / pace:,.0f} characters a second"
+            line += f"  {left // 60}:{left % 60:02} left"
+            passed = [name for name, loss in ahead if len(recent) == 20 and training_loss < loss]
+            ahead = ahead[len(passed) :]
+            if report.held_out is not None or passed:
+                say("\r" * sys.stdout.isatty() + line + "".join(f"  (better than {name})" for name in passed))
+            elif sys.stdout.isatty() and time.monotonic() > shown + 0.1:  # one line, written over and over
+                shown = time.monotonic()
+                say("\r" + line, end="")
+            if report.held_out is not None and first:
+                history["held_out"].append([report.step, report.held_out])
+                if report.held_out < best:
+                    best = report.held_out
+                    save(out, model, tokenizer, {"history": history})
+                sample = "".join(generate(model, tokenizer, length=120, seed=config.seed))
+                say("\n".join("    | " + line for line in sample.strip().splitlines()[:3]))
+                if "plot" in given:
+                    draw(given["plot"], history, marks)
+            stopped = sum_over_processes(float(len(caught)), device)  # when one process stops, all do
+            if report.held_out is not None or stopped:
+                save_state(report.state())
+            if stopped and report.step < config.steps:
+                command = "python gpt.py --resume" + (f" --out {out}" if "out" in given else "")
+                say(f"\nStopped after step {report.step:,}, and saved. To go on: {command}")
+                return 128 + (caught or [signal.SIGTERM])[0]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    if first:
+        model, tokenizer = load(out, device)
+        say(f"The model with the lowest held-out loss, {best:.4f}, is in {out}. It writes:\n")
+        write(model, tokenizer, given, config.seed)
+        if NOTEBOOK and "plot" in given:
+            from IPython.display import display
+
+            display(draw(given["plot"], history, marks))
+    return 0
+
+
+def main(argv=None):
+    """Do what the command line says; `argv` is a list of words or one string. Returns the exit status."""
+    global model, tokenizer
+    if argv is None:
+        argv = [] if NOTEBOOK else sys.argv[1:]  # in a notebook, sys.argv belongs to Jupyter
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # Windows may have another encoding than UTF-8
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    status, trouble = 0, None
+    try:
+        given = read_flags(shlex.split(argv) if isinstance(argv, str) else argv)
+        if "generate" in given:
+            may = {"generate", "out", "device", "seed"} | WRITING
+            refuse(given, given.keys() - may, "beside --generate: nothing is trained")
+            model, tokenizer = load(given.get("out", "gpt.pt"), pick_device(given.get("device", "auto")))
+            write(model, tokenizer, given, given.get("seed", Config.seed))
+        else:
+            status = run(given)
+    except SystemExit:  # --help has been printed
+        pass
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # whoever read our output has gone, as in `python gpt.py --generate | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        status, trouble = 2, error if os.environ.get("RANK", "0") == "0" else None
+    except FloatingPointError as error:
+        status, trouble = 1, error
+    except (RuntimeError, MemoryError) as error:
+        status, reason = 1, (str(error).splitlines() or [""])[0]
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in reason:
+            trouble = (
+                "out of memory: lower --batch-size, --block-size or --n-embd, or choose a smaller --size"
+            )
+        elif place_among_processes()[1] > 1:
+            trouble = f"another process of this run has ended ({reason}); start it again with --resume"
+        elif "compile" in given:
+            trouble = f"torch.compile needs a working compiler ({reason}); leave --compile out"
+        else:
+            raise
+    finally:
+        if place_among_processes()[1] > 1:
+            dist.destroy_process_group()
+    if trouble:
+        print(f"gpt.py: {trouble}", file=sys.stderr)
+    return status or None
+
+
+if __name__ == "__main__":
+    exit_status = main()
+    if exit_status and not NOTEBOOK:  # in a notebook the line on standard error is enough
+        sys.exit(exit_status)
