@@ -38,6 +38,7 @@ it, before and after, and the letters always mean the same:
 
 import argparse
 import builtins
+import contextlib
 import hashlib
 import io
 import math
@@ -143,8 +144,8 @@ SIZES = {
 # them. Characters make the text longer but the vocabulary tiny, and the vocabulary has its price: the model
 # keeps a row of `n_embd` numbers for each entry. With rows of 384 numbers:
 #
-# >>> f"{65 * 384:,} numbers for our characters, {50_257 * 384:,} for GPT-2's pieces"
-# '24,960 numbers for our characters, 19,298,688 for GPT-2's pieces'
+# >>> print(f"{65 * 384:,} numbers for our characters, {50_257 * 384:,} for GPT-2's pieces")
+# 24,960 numbers for our characters, 19,298,688 for GPT-2's pieces
 #
 # The second is more than all the rest of our medium model, 10.8 million, would have room for.
 
@@ -185,7 +186,7 @@ class CharTokenizer:
 
     def decode(self, tokens):
         """Tokens -> text, the inverse of `encode`."""
-        return "".join(self.characters[token] for token in tokens)
+        return "".join(self.characters[token] for token in torch.as_tensor(tokens).tolist())
 
 
 # What is there to learn? The model's one task will be to guess the next character, over and over, from
@@ -328,7 +329,7 @@ class Attention(nn.Module):
 # and in between it is smooth:
 #
 # >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
-# tensor([-0.0000, -0.1600, 0.0000, 0.8400, 3.0000])
+# tensor([-0.0000, -0.1600,  0.0000,  0.8400,  3.0000])
 #
 # Two thirds of all weights of a block are here; most of what a model knows by heart is kept in them.
 
@@ -901,11 +902,13 @@ def save(path, model, tokenizer, more=None):
 
 
 def read_checkpoint(path):
-    """What `save` has written, as a dict, checked. Raises OSError if it is not there, ValueError if it is bad."""
+    """What `save` has written, a dict, checked. Raises OSError if not there, ValueError if it is bad."""
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no {path}; to train a model: python gpt.py --out {path}")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of files that are not its own; we refuse them
+            found = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = Config(**found["config"]), found["model"]
         if len(weights) != 12 * config.n_layer + 4 or len(set(found["characters"])) != config.vocab_size:
             raise ValueError("wrong number of weights or characters")
@@ -1136,6 +1139,12 @@ def run(given):
             )
 
     if first and not resuming:
+        with contextlib.suppress(OSError, ValueError):  # none there, or none that could be resumed
+            earlier = read_checkpoint(unfinished)
+            if earlier["step"] < earlier["config"]["steps"]:
+                where = f"step {earlier['step']} of {earlier['config']['steps']}"
+                say(f"{unfinished} holds a run that stopped at {where}.")
+                say(f"To go on with that one, press Ctrl-C, rename {unfinished}.old back, and use --resume.")
         for older in (out, unfinished):
             if older.exists():
                 write_whole(f"{older}.old", older.read_bytes())

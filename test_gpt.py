@@ -1,0 +1,877 @@
+"""What gpt.py promises, in the order of the file: each name is a promise, each body its proof."""
+
+import contextlib
+import doctest
+import functools
+import hashlib
+import http.server
+import io
+import math
+import os
+import pickle
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gpt
+
+HERE = Path(__file__).parent
+TEXT = gpt.read_text(HERE / "input.txt")
+TOKENIZER = gpt.CharTokenizer.from_text(TEXT)
+TOKENS = TOKENIZER.encode(TEXT)
+CUT = len(TOKENS) * 9 // 10
+TRAINING, HELD_OUT = TOKENS[:CUT], TOKENS[CUT:]
+SHORT = HELD_OUT[:2000]  # a held-out text for tests that don't measure anything
+
+# A model of a thousand parameters or two: for promises that do not depend on size, it is quick.
+SMALL = gpt.Config(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, steps=20, eval_every=10)
+SMALL_FLAGS = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --length 40".split()
+
+
+def trained(config, held_out=SHORT, **how):
+    """A model trained as `config` says, and the reports of its training."""
+    model = gpt.GPT(config)
+    return model, list(gpt.train(model, TRAINING, held_out, **how))
+
+
+def fingerprint(weights):
+    """A number that changes when any bit of any weight changes."""
+    bits = [
+        bytes(weights[name].contiguous().view(torch.uint8).flatten().tolist()) for name in sorted(weights)
+    ]
+    return hashlib.sha256(b"".join(bits)).hexdigest()
+
+
+def same(a, b):
+    """Two dicts of tensors, equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def randomized(config, seed=0):
+    """A model whose biases and scales are random too, so that a test would notice a missing one."""
+    model, chance = gpt.GPT(config).eval(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=chance) * 0.1)
+    return model
+
+
+# ---------------------------------------------------------------- the three promises that people come for
+
+
+@pytest.mark.parametrize("size, millions", [("tiny", 0.4), ("small", 3.2), ("medium", 10.8), ("gpt2", 85.9)])
+def test_every_tensor_of_every_size_has_the_shape_that_the_lesson_says(size, millions):
+    config = gpt.Config(**gpt.SIZES[size])
+    model, seen = gpt.GPT(config), {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda module, args, out, name=name: seen.update({name: tuple(out.shape)})
+        )
+    B, T, C, V = 2, 8, config.n_embd, config.vocab_size
+    inputs, targets = gpt.get_batch(TOKENS, B, T, seed=1, step=1)
+    assert inputs.shape == targets.shape == (B, T)
+    assert model(inputs).shape == (B, T, V)
+    assert seen["wte"] == (B, T, C) and seen["wpe"] == (T, C)
+    for layer in range(config.n_layer):
+        assert seen[f"h.{layer}.attn.c_attn"] == (B, T, 3 * C)
+        assert seen[f"h.{layer}.mlp.c_fc"] == (B, T, 4 * C)
+        for part in ("", ".ln_1", ".attn", ".attn.c_proj", ".ln_2", ".mlp", ".mlp.c_proj"):
+            assert seen[f"h.{layer}{part}"] == (B, T, C)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+
+
+def test_the_loss_decreases_from_an_even_guess_to_below_counting_letter_pairs():
+    model = gpt.GPT(gpt.Config(steps=250, eval_every=250))
+    marks = gpt.yardsticks(gpt.count_pairs(TRAINING, 65), HELD_OUT)
+    losses = [(report.loss, report.held_out) for report in gpt.train(model, TRAINING, HELD_OUT)]
+    assert abs(losses[0][0] - marks["guessing evenly"]) < 0.8  # an untrained model knows next to nothing
+    assert losses[-1][1] < marks["letter pairs"] - 0.1
+
+
+def test_one_seed_gives_one_result_to_the_bit():
+    config = replace(SMALL, dropout=0.1)
+    (model, reports), (again, reports_again) = trained(config), trained(config)
+    other, _ = trained(replace(config, seed=2))
+    assert [(r.loss, r.held_out) for r in reports] == [(r.loss, r.held_out) for r in reports_again]
+    assert same(model.state_dict(), again.state_dict())
+    write = lambda m: "".join(gpt.generate(m, TOKENIZER, "HAMLET:", 100))  # noqa: E731
+    assert write(model) == write(again)
+    assert not same(model.state_dict(), other.state_dict())
+
+
+# ---------------------------------------------------------------- the examples in the comments
+
+
+def test_every_example_in_the_file_gives_what_stands_below_it():
+    source = (HERE / "gpt.py").read_text(encoding="utf-8")
+    comments = "\n".join(line[2:] if line.startswith("# ") else "" for line in source.splitlines())
+    examples = doctest.DocTestParser().get_doctest(
+        comments, vars(gpt).copy(), "comments of gpt.py", "gpt.py", 0
+    )
+    runner = doctest.DocTestRunner()
+    runner.run(examples)
+    for found in doctest.DocTestFinder().find(gpt):
+        runner.run(found)
+    assert runner.tries > 20 and runner.failures == 0
+
+
+# ---------------------------------------------------------------- 0 and 1: settings, text to numbers
+
+
+def test_every_setting_has_a_flag_whose_default_is_told_by_help(capsys):
+    gpt.main("--help")
+    told = " ".join(capsys.readouterr().out.split())
+    for row in fields(gpt.Config):
+        if row.name != "vocab_size":
+            flag = "--" + row.name.replace("_", "-")
+            assert re.search(
+                f"{flag}\\b.*?" + ("given" if row.default is None else f"default: {row.default}"), told
+            ), flag
+
+
+def test_text_becomes_numbers_and_comes_back_unchanged():
+    assert torch.equal(TOKENS[:1000], TOKENIZER.encode(TEXT[:1000])) and TOKENIZER.decode(TOKENS) == TEXT
+    assert TOKENIZER.vocab_size == len(set(TEXT)) == 65 and TOKENIZER.encode("").tolist() == []
+    strange = gpt.CharTokenizer.from_text("日本語 🎭 é\n")
+    assert strange.decode(strange.encode("🎭é日")) == "🎭é日"
+    with pytest.raises(ValueError, match="'ß'"):
+        TOKENIZER.encode("Stra\u00dfe")
+
+
+def test_the_shipped_text_is_the_one_that_the_numbers_are_about():
+    content = (HERE / "input.txt").read_bytes()
+    assert (
+        hashlib.sha256(content).hexdigest()
+        == "7fc14190e10d28e26533f84528bd13188edf2ed16180a17e4e83638bd5254a7c"
+    )
+    assert gpt.count_pairs(TOKENS, 65).count_nonzero() == len(set(zip(TEXT, TEXT[1:]))) == 1535
+
+
+def test_the_yardsticks_are_what_plain_counting_gives():
+    text, rest = TEXT[:3000], TEXT[3000:4000]
+    marks = gpt.yardsticks(gpt.count_pairs(TOKENIZER.encode(text), 65), TOKENIZER.encode(rest))
+    pairs = list(zip(text, text[1:]))
+    total = 0.0
+    for a, b in zip(rest, rest[1:]):
+        total -= math.log((pairs.count((a, b)) + 1) / (text[:-1].count(a) + 65))
+    assert math.isclose(marks["letter pairs"], total / 999, rel_tol=1e-4)
+    whole = gpt.yardsticks(gpt.count_pairs(TRAINING, 65), HELD_OUT)
+    assert [round(loss, 2) for loss in whole.values()] == [4.17, 3.37, 2.53]
+
+
+# ---------------------------------------------------------------- 2 to 5: the model
+
+
+def test_attention_by_hand_is_what_pytorch_computes():
+    q, k, v = torch.randn(3, 2, 4, 7, 5, generator=torch.Generator().manual_seed(1))
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(gpt.attention_by_hand(q, k, v), theirs, atol=1e-5)
+
+
+def test_a_token_never_sees_the_future():
+    model, tokens = randomized(SMALL), TOKENS[None, :16].long()
+    changed = tokens.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % 65
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[0, :9], after[0, :9])
+
+
+def test_changing_an_earlier_token_changes_every_later_logit():
+    model, tokens = randomized(SMALL), TOKENS[None, :16].long()
+    changed = tokens.clone()
+    changed[0, 0] = (changed[0, 0] + 1) % 65
+    difference = (model(tokens) - model(changed))[0].abs().amax(-1)
+    assert (difference > 1e-6).all()
+
+
+def test_the_order_of_the_text_matters_to_the_model():
+    model, tokens = randomized(SMALL), torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]])
+    first, second = model(tokens)[:, -1]
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_the_model_is_gpt2_as_pytorch_itself_would_build_it():
+    config = replace(SMALL, n_layer=3, n_head=4, n_embd=32)
+    model, tokens = randomized(config), TOKENS[:48].view(3, 16).long()
+    weights, C = model.state_dict(), config.n_embd
+    x = weights["wte.weight"][tokens] + weights["wpe.weight"][:16]
+    for layer in range(config.n_layer):
+        theirs = nn.TransformerEncoderLayer(C, 4, 4 * C, 0.0, F.gelu, 1e-5, batch_first=True, norm_first=True)
+        ours = {
+            name[len(f"h.{layer}.") :]: w for name, w in weights.items() if name.startswith(f"h.{layer}.")
+        }
+        translation = {
+            "self_attn.in_proj_": "attn.c_attn.",
+            "self_attn.out_proj.": "attn.c_proj.",
+            "norm1.": "ln_1.",
+        }
+        translation |= {"linear1.": "mlp.c_fc.", "linear2.": "mlp.c_proj.", "norm2.": "ln_2."}
+        theirs.load_state_dict(
+            {t + end: ours[o + end] for t, o in translation.items() for end in ("weight", "bias")}
+        )
+        mask = nn.Transformer.generate_square_subsequent_mask(16)
+        x = theirs.eval()(x, src_mask=mask, is_causal=True)
+    x = F.layer_norm(x, (C,), weights["ln_f.weight"], weights["ln_f.bias"])
+    assert torch.allclose(model(tokens), x @ weights["wte.weight"].T, atol=1e-5)
+
+
+def test_weights_start_at_the_spread_that_suits_the_width():
+    weights = gpt.GPT(gpt.Config()).state_dict()
+    assert abs(weights["h.0.attn.c_attn.weight"].std() - 128**-0.5) < 0.002
+    assert abs(weights["wpe.weight"].square().mean().sqrt() - 128**-0.5) < 0.002
+    assert not weights["h.1.mlp.c_fc.bias"].any() and (weights["ln_f.weight"] == 1).all()
+    usual = gpt.GPT(gpt.Config(init_std=0.02, wave_positions=False)).state_dict()
+    assert abs(usual["wpe.weight"].std() - 0.02) < 0.001
+
+
+# ---------------------------------------------------------------- 6: batches
+
+
+def test_targets_are_the_inputs_moved_on_by_one():
+    inputs, targets = gpt.get_batch(TOKENS, 8, 32, seed=5, step=7)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    text, stretch = TOKENIZER.decode(TOKENS), TOKENIZER.decode([*inputs[3], targets[3, -1]])
+    assert stretch in text
+
+
+def test_a_batch_depends_on_seed_and_step_and_nothing_else():
+    draw = lambda seed, step: gpt.get_batch(TOKENS, 8, 32, seed, step)[0]  # noqa: E731
+    first = draw(1, 2)
+    torch.rand(100), draw(9, 9)
+    assert torch.equal(first, draw(1, 2))
+    assert not torch.equal(first, draw(1, 3)) and not torch.equal(first, draw(2, 2))
+    assert not torch.equal(draw(2**31, 2), draw(2**31 + 1, 2))
+
+
+def test_every_place_of_the_text_can_be_drawn_and_none_beyond():
+    starts = {
+        gpt.get_batch(torch.arange(12), 4, 8, 1, step)[0][row, 0].item()
+        for step in range(50)
+        for row in range(4)
+    }
+    assert starts == {0, 1, 2, 3}  # 3 + 8 + 1 characters end exactly at the 12th
+
+
+# ---------------------------------------------------------------- 7: training
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine():
+    config = gpt.Config(steps=1100, warmup=100, lr=2e-3, final_lr=0.1)
+    rate = [gpt.learning_rate(step, config) for step in range(1100)]
+    assert math.isclose(rate[0], 2e-5) and math.isclose(rate[49], 1e-3) and math.isclose(max(rate), 2e-3)
+    assert rate.index(max(rate)) in (99, 100) and math.isclose(rate[599], 1.1e-3, rel_tol=0.01)
+    assert math.isclose(rate[-1], 2e-4) and rate[100:] == sorted(rate[100:], reverse=True)
+    assert math.isclose(gpt.learning_rate(0, replace(config, warmup=0)), 2e-3)
+
+
+def test_decay_is_for_matrices_only():
+    model = gpt.GPT(SMALL)
+    decayed, spared = gpt.make_optimizer(model, SMALL).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == SMALL.weight_decay and spared["weight_decay"] == 0
+    assert all(names[id(p)].endswith("weight") and ".ln_" not in names[id(p)] for p in decayed["params"])
+    assert all(names[id(p)].endswith("bias") or "ln_" in names[id(p)] for p in spared["params"])
+    assert len(decayed["params"]) == 2 + 4 * 2 and len(decayed["params"]) + len(spared["params"]) == len(
+        names
+    )
+
+
+def test_the_held_out_loss_is_the_mean_over_every_character():
+    model, text = (
+        randomized(replace(SMALL, dropout=0.5)),
+        HELD_OUT[: 16 * 300 + 6],
+    )  # 300 windows and a shorter one
+    model.train()
+    by_hand, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(text) - 1, 16):
+            window = text[start : start + 17].long()
+            logits = model.eval()(window[None, :-1])[0]
+            by_hand -= logits.log_softmax(-1).gather(1, window[1:, None]).sum().item()
+            count += len(window) - 1
+    model.train()
+    assert count == len(text) - 1 and math.isclose(gpt.evaluate(model, text), by_hand / count, rel_tol=1e-5)
+    assert model.training
+
+
+def test_the_model_can_learn_one_batch_by_heart():
+    text = TOKENS[:17]
+    model = gpt.GPT(replace(SMALL, n_embd=32, steps=150, lr=5e-3, weight_decay=0.0, eval_every=1000))
+    assert [report.loss for report in gpt.train(model, text, text)][-1] < 0.05
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_ends():
+    config = replace(SMALL, dropout=0.2)
+    whole, reports = trained(config)
+    half = gpt.train(gpt.GPT(config), TRAINING, SHORT)
+    state = next(report for report in half if report.step == 7).state()
+    state = pickle.loads(pickle.dumps(state))  # as if it had been in a file
+    resumed, rest = trained(config, state=state)
+    assert same(whole.state_dict(), resumed.state_dict())
+    assert [r.loss for r in reports[7:]] == [r.loss for r in rest] and rest[0].step == 8
+
+
+def test_dropout_is_on_in_training_and_off_otherwise():
+    model = gpt.GPT(replace(SMALL, dropout=0.5))
+    tokens = TOKENS[None, :16].long()
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_long_gradients_are_cut_to_length():
+    model = gpt.GPT(replace(SMALL, grad_clip=1e-3))
+    next(gpt.train(model, TRAINING, SHORT))
+    assert math.sqrt(sum(p.grad.square().sum() for p in model.parameters())) < 1.1e-3
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step():
+    model = gpt.GPT(SMALL)
+    run = gpt.train(model, TRAINING, SHORT)
+    next(run)
+    with torch.no_grad():
+        model.wte.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="step 2.*--lr"):
+        next(run)
+
+
+def test_half_precision_trains_too():
+    reports = trained(replace(SMALL, dtype="bfloat16"))[1]
+    assert reports[-1].held_out < reports[0].loss
+    with pytest.raises(ValueError, match="float16"):
+        gpt.number_format("float16", torch.device("cpu"))
+    assert (
+        gpt.number_format("auto", torch.device("cpu"))
+        == gpt.number_format("auto", torch.device("mps"))
+        == torch.float32
+    )
+
+
+def test_a_compiled_model_computes_the_same(monkeypatch):
+    # All of torch.compile but its last stage, the C++ compiler, which takes half a minute; .ci/run runs that too.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    config = replace(SMALL, n_layer=1, steps=4)
+    plain, compiled = trained(config)[1], trained(replace(config, compile=True))[1]
+    assert [r.loss for r in compiled] == pytest.approx([r.loss for r in plain], abs=1e-4)
+
+
+# ---------------------------------------------------------------- 8: writing
+
+
+def write_without_cache(model, prompt, length, temperature, top_k, seed):
+    """The plainest loop that writes: the whole context through the model for each character."""
+    chance, context, text = torch.Generator().manual_seed(seed), TOKENIZER.encode(prompt).tolist(), ""
+    context = context[-model.config.block_size :]
+    all_logits = []
+    for _ in range(length):
+        if len(context) > model.config.block_size:
+            context = context[-model.config.block_size // 2 :]
+        with torch.no_grad():
+            logits = model(torch.tensor([context]))[0, -1]
+        all_logits.append(logits)
+        chances = gpt.probabilities(logits, temperature, top_k)
+        context.append(torch.multinomial(chances, 1, generator=chance).item())
+        text += TOKENIZER.characters[context[-1]]
+    return text, all_logits
+
+
+@pytest.mark.parametrize("prompt_length", [1, 5, 16, 50])
+@pytest.mark.parametrize("temperature, top_k", [(0, 0), (0.8, 0), (1.5, 5)])
+def test_the_cache_changes_nothing_but_the_time(prompt_length, temperature, top_k, monkeypatch):
+    model, prompt = randomized(SMALL), TEXT[100 : 100 + prompt_length]
+    seen, choose = [], gpt.probabilities
+    monkeypatch.setattr(
+        gpt, "probabilities", lambda logits, *rest: seen.append(logits) or choose(logits, *rest)
+    )
+    fast = "".join(gpt.generate(model, TOKENIZER, prompt, 60, temperature, top_k, seed=3))
+    cached, seen = seen, []
+    slow, logits = write_without_cache(model, prompt, 60, temperature, top_k, seed=3)
+    assert fast == slow and len(fast) == 60
+    assert (torch.stack(cached[:60]) - torch.stack(logits)).abs().max() < 1e-5
+
+
+def test_each_character_costs_one_position_however_long_the_text():
+    model, widths = randomized(SMALL), []
+    model.wte.register_forward_hook(lambda module, args, out: widths.append(args[0].size(1)))
+    list(gpt.generate(model, TOKENIZER, "To be", 200))
+    assert widths[0] == 5 and set(widths[1:]) == {1, 8}  # 8: half the context, encoded afresh when it is full
+    assert widths.count(8) == len(range(12, 200, 9))  # from 8 to 17, one too many, are 9 characters
+
+
+def test_temperature_0_is_the_likeliest_and_top_k_leaves_k():
+    logits = torch.randn(65, generator=torch.Generator().manual_seed(1))
+    assert (
+        gpt.probabilities(logits, 0).argmax() == logits.argmax() == gpt.probabilities(logits, 1e-30).argmax()
+    )
+    assert gpt.probabilities(logits, 2.0, 7).count_nonzero() == 7
+    assert torch.allclose(gpt.probabilities(logits, 1.0, 65), logits.softmax(0))
+    model = randomized(SMALL)
+    assert "".join(gpt.generate(model, TOKENIZER, "A", 50, 0, seed=1)) == "".join(
+        gpt.generate(model, TOKENIZER, "A", 50, 0, seed=2)
+    )
+
+
+def test_writing_leaves_everything_as_it_was():
+    model = randomized(SMALL).train()
+    before = torch.random.get_rng_state()
+    characters = gpt.generate(model, TOKENIZER, "", 30)
+    assert len(list(characters)) == 30 and model.training and all(m.training for m in model.modules())
+    assert torch.equal(before, torch.random.get_rng_state()) and torch.is_grad_enabled()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_empty_prompt_begins_as_after_an_empty_line():
+    model = randomized(SMALL)
+    assert list(gpt.generate(model, TOKENIZER, "", 50)) == list(gpt.generate(model, TOKENIZER, "\n\n", 50))
+    tokenizer = gpt.CharTokenizer.from_text("abc")
+    assert len(list(gpt.generate(gpt.GPT(replace(SMALL, vocab_size=3)), tokenizer, "", 5))) == 5
+
+
+# ---------------------------------------------------------------- 9: files, texts, devices
+
+
+def test_a_saved_model_comes_back_whole(tmp_path):
+    model = randomized(SMALL)
+    gpt.save(tmp_path / "gpt.pt", model, TOKENIZER)
+    again, tokenizer = gpt.load(tmp_path / "gpt.pt")
+    assert same(model.state_dict(), again.state_dict())
+    assert again.config == model.config and tokenizer.characters == TOKENIZER.characters
+    assert os.listdir(tmp_path) == ["gpt.pt"]
+
+
+def test_a_file_that_is_not_a_whole_model_is_refused(tmp_path):
+    good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
+    gpt.save(good, gpt.GPT(SMALL), TOKENIZER)
+    content = good.read_bytes()
+    cuts = [content[: len(content) * i // 20] for i in range(20)] + [content[:-1]]
+    torch.save({"model": {"weight": torch.zeros(3)}}, bad)
+    others = [bad.read_bytes(), b"To be, or not to be\n", pickle.dumps({"config": {}}), b"\x89PNG\r\n"]
+    found = torch.load(good, weights_only=True)
+    wrong = [
+        found | {"config": found["config"] | {"n_layer": 10**9}},
+        found | {"config": found["config"] | {"n_embd": "16"}},
+        found | {"characters": "abc"},
+        found | {"model": found["model"] | {"wpe.weight": torch.zeros(16, 17)}},
+        found | {"model": {name.replace("wte", "xyz"): weight for name, weight in found["model"].items()}},
+        found | {"model": found["model"] | {"wpe.weight": torch.full((16, 16), math.nan)}},
+    ]
+    for broken in wrong:
+        torch.save(broken, bad)
+        others.append(bad.read_bytes())
+    for content in cuts + others:
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match="bad.pt is not a whole model") as error:
+            gpt.load(bad)
+        assert "\n" not in str(error.value)
+
+
+class Hostile:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_hostile_file_runs_nothing(tmp_path):
+    torch.save({"config": Hostile(tmp_path / "hacked")}, tmp_path / "new.pt")
+    (tmp_path / "old.pt").write_bytes(pickle.dumps(Hostile(tmp_path / "hacked")))
+    for name in ("new.pt", "old.pt"):
+        with pytest.raises(ValueError, match="is not a whole model"):
+            gpt.load(tmp_path / name)
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_earlier_model(tmp_path, monkeypatch, step):
+    path, model = tmp_path / "gpt.pt", randomized(SMALL)
+    gpt.save(path, model, TOKENIZER)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, full)
+        with pytest.raises(OSError, match="No space left"):
+            gpt.save(path, randomized(SMALL, seed=1), TOKENIZER)
+    assert same(gpt.load(path)[0].state_dict(), model.state_dict()) and os.listdir(tmp_path) == ["gpt.pt"]
+
+
+def test_any_text_just_works(tmp_path):
+    for content, text in [
+        (b"\xef\xbb\xbfAnna\r\nOtto\r\n", "Anna\nOtto\n"),
+        ("日本語\n🎭".encode(), "日本語\n🎭"),
+    ]:
+        (tmp_path / "text").write_bytes(content)
+        assert gpt.read_text(tmp_path / "text") == text
+
+
+def test_a_missing_text_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(TEXT.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpt, "__file__", str(tmp_path / "elsewhere" / "gpt.py"))
+    monkeypatch.setattr(gpt, "TEXT_URL", f"http://127.0.0.1:{server.server_port}/")
+    assert gpt.main(["--steps", "1"]) == 2  # the wrong sum: this is not Tiny Shakespeare
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(gpt, "TEXT_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+    assert gpt.find_text(None).read_text(encoding="utf-8") == TEXT
+    assert "fetching" in capsys.readouterr().out
+    server.shutdown()
+    server.server_close()
+    (tmp_path / "input.txt").unlink()
+    assert gpt.main([]) == 2 and "--data" in capsys.readouterr().err and os.listdir(tmp_path) == []
+
+
+def test_the_picture_shows_three_yardsticks(tmp_path):
+    pytest.importorskip("matplotlib")
+    history = {"training": [4.0, 3.0, 2.0], "held_out": [[3, 2.5]]}
+    figure = gpt.draw(tmp_path / "loss.png", history, {"guessing evenly": 4.17, "letters": 3.4, "pairs": 2.5})
+    assert len(figure.axes[0].lines) == 5 and (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------- 10: the command line
+
+
+def python(*arguments, folder, **how):
+    """Start `python` on these arguments in a folder, as a user would."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, **{**pipes, **how})
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """An empty folder to work in, with a short text."""
+    monkeypatch.chdir(tmp_path)
+    Path("input.txt").write_text(TEXT[:20_000], encoding="utf-8")
+    return tmp_path
+
+
+def test_the_command_line_trains_and_writes(tmp_path):
+    run = python(HERE / "gpt.py", *SMALL_FLAGS, "--steps", "6", "--eval-every", "3", folder=tmp_path)
+    out, err = run.communicate()
+    assert run.returncode == 0 and err == ""  # no warning either
+    assert "1,266,726 characters, 65 different" in out and "1,535 of the 4,225" in out
+    assert out.count("held-out loss") == 3 and sorted(os.listdir(tmp_path)) == ["gpt.pt", "gpt.resume.pt"]
+    run = python(
+        HERE / "gpt.py",
+        "--generate",
+        "--prompt",
+        "-",
+        "--length",
+        "30",
+        folder=tmp_path,
+        stdin=subprocess.PIPE,
+    )
+    out, err = run.communicate("HAMLET:\n")
+    assert out.startswith("HAMLET:\n") and len(out) == 8 + 30 and run.returncode == 0
+    assert "16 characters" not in err
+
+
+def test_the_best_model_is_kept_and_not_the_last(in_folder):
+    gpt.main(
+        [
+            *SMALL_FLAGS,
+            "--steps",
+            "30",
+            "--eval-every",
+            "10",
+            "--warmup",
+            "0",
+            "--lr",
+            "0.9",
+            "--final-lr",
+            "1",
+        ]
+    )
+    found = torch.load("gpt.pt", weights_only=True)
+    losses = torch.load("gpt.resume.pt", weights_only=True)["history"]["held_out"]
+    best = min(loss for _, loss in losses)
+    tokens = gpt.CharTokenizer.from_text(TEXT[:20_000]).encode(TEXT[:20_000])
+    assert set(found) == {"config", "characters", "model", "history"}
+    assert best < losses[-1][1] and math.isclose(
+        gpt.evaluate(gpt.load()[0], tokens[18_000:]), best, rel_tol=1e-6
+    )
+
+
+def test_an_older_model_is_kept(in_folder, capsys):
+    flags = [*SMALL_FLAGS, "--steps", "2"]
+    gpt.main(flags)
+    before = Path("gpt.pt").read_bytes()
+    assert gpt.main([*flags, "--seed", "2"]) is None
+    assert Path("gpt.pt.old").read_bytes() == before != Path("gpt.pt").read_bytes()
+    assert "gpt.pt.old" in capsys.readouterr().out
+
+
+RUN = [*SMALL_FLAGS, "--steps", "400", "--eval-every", "20", "--dropout", "0.1"]
+
+
+def outcome(folder):
+    """All that a run leaves behind, in a form that can be compared."""
+    state = torch.load(folder / "gpt.resume.pt", weights_only=True)
+    best = torch.load(folder / "gpt.pt", weights_only=True)
+    return state["step"], state["history"], fingerprint(state["model"]), fingerprint(best["model"])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A finished run: its folder's outcome and the scene that it wrote."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "input.txt").write_text(TEXT[:20_000], encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        gpt.main([*RUN, "--data", str(folder / "input.txt"), "--out", str(folder / "gpt.pt")])
+    return outcome(folder), out.getvalue().split("It writes:")[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_a_run_killed_at_any_moment_and_resumed_ends_the_same(in_folder, uninterrupted):
+    dice, flags, kills = random.Random(1), RUN, 0
+    for _ in range(3):
+        run = python(HERE / "gpt.py", *flags, folder=in_folder)
+        for line in run.stdout:  # wait until it trains, then a moment more
+            if line.startswith("step"):
+                break
+        time.sleep(dice.uniform(0, 0.4))
+        run.send_signal(signal.SIGKILL)
+        kills += run.wait() == -signal.SIGKILL
+        run.communicate()
+        flags = ["--resume"]
+    out, err = python(HERE / "gpt.py", "--resume", "--length", "40", folder=in_folder).communicate()
+    assert kills >= 2 and err == ""
+    assert (outcome(in_folder), out.split("It writes:")[1]) == uninterrupted
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(in_folder, uninterrupted, number, status):
+    run = python(HERE / "gpt.py", *RUN, folder=in_folder)
+    while "step" not in run.stdout.readline():
+        pass
+    run.send_signal(number)
+    out, err = run.communicate()
+    assert run.returncode == status and "python gpt.py --resume" in out and err == ""
+    assert 0 < torch.load("gpt.resume.pt", weights_only=True)["step"] < 400
+    assert gpt.main(["--resume", "--length", "40"]) is None
+    assert outcome(in_folder) == uninterrupted[0]
+
+
+def test_a_finished_run_goes_on_when_given_more_steps(in_folder, capsys):
+    gpt.main([*SMALL_FLAGS, "--steps", "3"])
+    assert gpt.main(["--resume", "--steps", "6"]) is None
+    state = torch.load("gpt.resume.pt", weights_only=True)
+    assert state["step"] == 6 and len(state["history"]["training"]) == 6
+
+
+def test_starting_anew_says_that_an_unfinished_run_was_there(in_folder, capsys, monkeypatch):
+    gpt.main([*SMALL_FLAGS, "--steps", "3"])
+    state = torch.load("gpt.resume.pt", weights_only=True)
+    torch.save(state | {"config": state["config"] | {"steps": 9}}, "gpt.resume.pt")
+    capsys.readouterr()
+    gpt.main([*SMALL_FLAGS, "--steps", "3"])
+    assert "step 3 of 9" in capsys.readouterr().out and Path("gpt.resume.pt.old").exists()
+
+
+def test_only_text_goes_to_standard_output_when_writing(in_folder, capsys):
+    gpt.main([*SMALL_FLAGS, "--steps", "2"])
+    capsys.readouterr()
+    gpt.main(["--generate", "--length", "50", "--prompt", TEXT[:30]])
+    out, err = capsys.readouterr()
+    assert len(out) == 80 and out.startswith(TEXT[:30]) and "last 16 characters" in err
+    gpt.main(["--generate", "--length", "50", "--seed", "5"])
+    first = capsys.readouterr().out
+    gpt.main(["--generate", "--length", "50", "--seed", "5"])
+    assert capsys.readouterr().out == first and len(first) == 50
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_a_closed_pipe_ends_it_quietly(in_folder):
+    gpt.main([*SMALL_FLAGS, "--steps", "2"])
+    run = python(HERE / "gpt.py", "--generate", "--length", "200000", folder=in_folder)
+    run.stdout.read(10)
+    run.stdout.close()
+    assert run.wait(60) == 0 and run.stderr.read() == ""
+
+
+def test_fine_tuning_starts_from_the_trained_model(in_folder):
+    gpt.main([*SMALL_FLAGS, "--steps", "200", "--out", "first.pt"])
+    Path("new.txt").write_text(TEXT[5000:12_000], encoding="utf-8")
+    gpt.main("--init-from first.pt --data new.txt --out new.pt --steps 20 --length 5")
+    tuned, first = (torch.load(name, weights_only=True) for name in ("new.pt", "first.pt"))
+    assert tuned["characters"] == first["characters"] and tuned["config"]["lr"] == first["config"]["lr"] / 4
+    assert tuned["history"]["training"][0] < 3.2  # from nothing, it would be above 4
+
+
+# Each of these gets one line on standard error that contains the words, status 2, and changes no file.
+BAD_INPUT = """
+--data nowhere.txt                                  | nowhere.txt
+--data folder                                       | folder
+--data empty.txt                                    | 0 characters
+--data binary.dat                                   | not UTF-8
+--data short.txt                                    | needs 641
+--data input.txt --block-size 5000                  | needs 50001
+--n-embd 130 --n-head 4                             | shared out
+--n-layer 0                                         | --n-layer
+--n-head -1                                         | --n-head
+--n-embd 0                                          | --n-embd
+--block-size 0                                      | --block-size
+--batch-size 0                                      | --batch-size
+--steps 0                                           | --steps
+--steps many                                        | many
+--eval-every 0                                      | --eval-every
+--lr -0.1                                           | --lr
+--lr nan                                            | --lr
+--warmup 50 --steps 20                              | --warmup
+--dropout 1                                         | --dropout
+--beta2 1.5                                         | --beta2
+--weight-decay -1                                   | --weight-decay
+--grad-clip -1                                      | --grad-clip
+--seed -1                                           | --seed
+--size huge                                         | tiny, small, medium, gpt2
+--device gpu                                        | auto, cpu, cuda
+--device cuda:99                                    | cuda:99
+--device cpu --dtype float16                        | float16
+--dtype int8                                        | --dtype
+--out nowhere/gpt.pt                                | can't write nowhere
+--out folder                                        | folder
+--out input.txt                                     | overwrite
+--frobnicate                                        | --frobnicate
+--size                                              | --size
+--resume                                            | no run to resume
+--resume --out small.pt --lr 0.1                    | --lr
+--resume --out small.pt --data other.txt            | not the text
+--resume --out small.pt --steps 1                   | --steps
+--resume --out cut.pt                               | cut.resume.pt
+--generate                                          | to train a model
+--generate --out cut.pt                             | cut.pt
+--generate --out input.txt                          | input.txt
+--generate --out small.pt --prompt ß                | 'ß'
+--generate --out small.pt --length 0                | --length
+--generate --out small.pt --length -5               | --length
+--generate --out small.pt --temperature -1          | --temperature
+--generate --out small.pt --temperature nan         | --temperature
+--generate --out small.pt --top-k 1000              | --top-k
+--generate --out small.pt --top-k -1                | --top-k
+--generate --out small.pt --steps 5                 | --steps
+--init-from small.pt --n-layer 3                    | --n-layer
+--init-from small.pt --data chinese.txt             | '中' (700 times)
+--init-from nowhere.pt                              | nowhere.pt
+--plot loss.xyz --n-embd 16 --steps 2               | loss.xyz or matplotlib
+"""
+
+
+@pytest.fixture(scope="module")
+def folder_of_traps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("traps")
+    (folder / "folder").mkdir()
+    (folder / "input.txt").write_text(TEXT[:20_000], encoding="utf-8")
+    (folder / "other.txt").write_text(TEXT[1000:9000], encoding="utf-8")
+    (folder / "chinese.txt").write_text("中" * 700, encoding="utf-8")
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.dat").write_bytes(bytes(range(256)) * 50)
+    (folder / "short.txt").write_text(TEXT[:640], encoding="utf-8")
+    where = ["--data", str(folder / "input.txt"), "--out", str(folder / "small.pt")]
+    gpt.main([*SMALL_FLAGS, *where, "--steps", "2"])
+    for name in ("pt", "resume.pt"):
+        (folder / f"cut.{name}").write_bytes((folder / f"small.{name}").read_bytes()[:5000])
+    return folder
+
+
+@pytest.mark.parametrize("line", BAD_INPUT.strip().splitlines())
+def test_bad_input_gets_one_line_and_changes_nothing(line, folder_of_traps, monkeypatch, capsys):
+    command, words = (half.strip() for half in line.split("|"))
+    monkeypatch.chdir(folder_of_traps)
+    contents = lambda: {p: p.read_bytes() for p in folder_of_traps.rglob("*") if p.is_file()}  # noqa: E731
+    before = contents()
+    assert gpt.main(command) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("gpt.py: ") and err.count("\n") == 1
+    assert any(word in err for word in words.split(" or "))
+    assert contents() == before
+
+
+def test_from_python_bad_settings_are_a_value_error():
+    with pytest.raises(ValueError, match="--n-head"):
+        gpt.Config(n_embd=10, n_head=3)
+    with pytest.raises(ValueError, match="--lr"):
+        replace(SMALL, lr=-1.0)
+    with pytest.raises(ValueError, match="context of 16"):
+        gpt.GPT(SMALL)(TOKENS[None, :17])
+
+
+def test_importing_the_file_does_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import gpt; print(gpt.Config().n_layer)"
+    run = python("-c", code, folder=tmp_path)
+    assert run.communicate() == ("2\n", "") and os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------- notebooks and several processes
+
+
+def run_notebook(cells, folder):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(
+        book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    return ["".join(out.get("text", "") for out in cell.outputs) for cell in book.cells], book
+
+
+def test_the_file_runs_in_one_notebook_cell_and_cell_by_cell(in_folder):
+    source = (HERE / "gpt.py").read_text(encoding="utf-8")
+    source = source.replace("argv = [] if NOTEBOOK", f"argv = {SMALL_FLAGS + ['--steps', '4']} if NOTEBOOK")
+    markers = re.split(r"(?m)^(?=# %%)", source)
+    assert len(markers) == 12
+    more = [
+        "print(len(list(generate(model, tokenizer, length=7))))",
+        'main("--steps 0")',
+        'main("--steps 2 --n-embd 8")',
+    ]
+    told, book = run_notebook([source, *more, *markers], in_folder)
+    assert "held-out loss" in told[0] and told[1] == "7\n" and "held-out loss" in told[-1]
+    assert told[2].startswith("gpt.py: --steps must be") and "held-out" in told[3]
+    assert not any("SystemExit" in text or "Warning" in text for text in told)
+
+
+def torchrun(folder, *flags, processes=2):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
+    return python(*command, HERE / "gpt.py", "--device", "cpu", *flags, folder=folder, env=quiet)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torchrun's way of finding itself differs")
+def test_two_processes_do_what_one_does(in_folder):
+    flags = [*SMALL_FLAGS, "--steps", "50", "--eval-every", "25"]
+    out, err = torchrun(in_folder, *flags, "--out", "two.pt").communicate()
+    gpt.main([*flags, "--out", "one.pt"])
+    one, two = (torch.load(f"{name}.resume.pt", weights_only=True)["history"] for name in ("one", "two"))
+    assert two["training"] == pytest.approx(one["training"], abs=1e-4)
+    assert [loss for _, loss in two["held_out"]] == pytest.approx(
+        [loss for _, loss in one["held_out"]], abs=1e-4
+    )
+    assert out.count("It writes:") == 1 and err == ""
