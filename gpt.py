@@ -222,19 +222,17 @@ def count_pairs(tokens, vocab_size):
     return counts.view(vocab_size, vocab_size)
 
 
-def yardsticks(pairs, held_out):
+def yardsticks(training, held_out, vocab_size):
     """What counting alone can tell: name -> loss on the held-out text, in nats per character.
 
-    `pairs` (V, V) are the counts of the training text. One is added to each count (Laplace, 1814), so that
-    what never occurred there is dear but not impossible.
+    training and held_out: tokens (N,) and (M,). One is added to each count (Laplace, 1814), so that what never
+    occurred in training is dear but not impossible.
     """
-    V = len(pairs)
-    before, after = held_out[:-1].long(), held_out[1:].long()  # (N,) each
-    letter_counts, row_totals = pairs.sum(0), pairs.sum(1)  # (V, V) -> (V,)
-    letter = (letter_counts[after] + 1) / (
-        letter_counts.sum() + V
-    )  # (N,) probability of each, by its frequency
-    pair = (pairs[before, after] + 1) / (row_totals[before] + V)  # (N,) the same, knowing the one before
+    V = vocab_size
+    letters, pairs = torch.bincount(training, minlength=V), count_pairs(training, V)  # (V,), (V, V)
+    before, after = held_out[:-1].long(), held_out[1:].long()  # (M - 1,) each
+    letter = (letters[after] + 1) / (len(training) + V)  # (M - 1,) the probability of each, by its frequency
+    pair = (pairs[before, after] + 1) / (letters[before] + V)  # (M - 1,) the same, knowing the one before
     return {
         "guessing evenly": math.log(V),
         "letter frequencies": -letter.log().mean().item(),
@@ -1102,15 +1100,13 @@ def run(given):
 
     tokens = tokenizer.encode(text)  # (N,)
     cut = len(tokens) * 9 // 10
-    pairs = count_pairs(tokens[:cut], config.vocab_size)  # (V, V)
-    marks = yardsticks(pairs, tokens[cut:])
-    pairs += count_pairs(tokens[cut - 1 :], config.vocab_size)  # now of the whole text
-    different = pairs.count_nonzero().item()
+    different = count_pairs(tokens, config.vocab_size).count_nonzero().item()
+    marks = yardsticks(tokens[:cut], tokens[cut:], config.vocab_size)
     say(f"{path}: {len(text):,} characters, {config.vocab_size:,} different ones;", end=" ")
     say(f"{different:,} of the {config.vocab_size**2:,} possible pairs occur.")
     say(f"The last {len(text) - cut:,} are held out. Their loss by counting alone, in nats per character:")
     say("    " + ", ".join(f"{name} {loss:.2f}" for name, loss in marks.items()))
-    del text, pairs
+    del text
     tokens = tokens.to(device)
     model = GPT(config)
     if start:

@@ -94,7 +94,7 @@ def test_every_tensor_of_every_size_has_the_shape_that_the_lesson_says(size, mil
 
 def test_the_loss_decreases_from_an_even_guess_to_below_counting_letter_pairs():
     model = gpt.GPT(gpt.Config(steps=250, eval_every=250))
-    marks = gpt.yardsticks(gpt.count_pairs(TRAINING, 65), HELD_OUT)
+    marks = gpt.yardsticks(TRAINING, HELD_OUT, 65)
     losses = [(report.loss, report.held_out) for report in gpt.train(model, TRAINING, HELD_OUT)]
     assert abs(losses[0][0] - marks["guessing evenly"]) < 0.8  # an untrained model knows next to nothing
     assert losses[-1][1] < marks["letter pairs"] - 0.1
@@ -161,13 +161,13 @@ def test_the_shipped_text_is_the_one_that_the_numbers_are_about():
 
 def test_the_yardsticks_are_what_plain_counting_gives():
     text, rest = TEXT[:3000], TEXT[3000:4000]
-    marks = gpt.yardsticks(gpt.count_pairs(TOKENIZER.encode(text), 65), TOKENIZER.encode(rest))
+    marks = gpt.yardsticks(TOKENIZER.encode(text), TOKENIZER.encode(rest), 65)
     pairs = list(zip(text, text[1:]))
     total = 0.0
     for a, b in zip(rest, rest[1:]):
-        total -= math.log((pairs.count((a, b)) + 1) / (text[:-1].count(a) + 65))
+        total -= math.log((pairs.count((a, b)) + 1) / (text.count(a) + 65))
     assert math.isclose(marks["letter pairs"], total / 999, rel_tol=1e-4)
-    whole = gpt.yardsticks(gpt.count_pairs(TRAINING, 65), HELD_OUT)
+    whole = gpt.yardsticks(TRAINING, HELD_OUT, 65)
     assert [round(loss, 2) for loss in whole.values()] == [4.17, 3.37, 2.53]
 
 
