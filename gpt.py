@@ -31,9 +31,9 @@ it, before and after, and the letters always mean the same:
 """
 
 # %% 0. Settings
-# Everything you can change is in this one table: the value, the meaning, and the limits within which it makes
-# sense. On a first reading, look at the names and go on; the section named beside each explains it. On the
-# command line the same names are flags (`--n-layer 4`), and in Python they are arguments
+# Everything you can change is in this one table: the value, the meaning, and the limits within which it
+# makes sense. On a first reading, look at the names and go on; the section named beside each explains it.
+# On the command line the same names are flags (`--n-layer 4`), and in Python they are arguments
 # (`Config(n_layer=4)`).
 
 import argparse
@@ -84,8 +84,8 @@ class Config:
     init_std: float = setting(
         None, 0, None, "spread of the initial weights; 1/sqrt(n_embd) if not given (section 5)"
     )
-    wave_positions: bool = setting(
-        True, None, None, "start the position table as waves, not noise (section 5)"
+    wave_start: bool = setting(
+        True, None, None, "start with each head looking a few characters back (section 5)"
     )
     # What one step of training learns from.
     batch_size: int = setting(8, 1, None, "stretches of text in a step (section 6)")
@@ -225,8 +225,8 @@ def count_pairs(tokens, vocab_size):
 def yardsticks(training, held_out, vocab_size):
     """What counting alone can tell: name -> loss on the held-out text, in nats per character.
 
-    training and held_out: tokens (N,) and (M,). One is added to each count (Laplace, 1814), so that what never
-    occurred in training is dear but not impossible.
+    training and held_out: tokens (N,) and (M,). One is added to each count (Laplace, 1814), so that what
+    never occurred in training is dear but not impossible.
     """
     V = vocab_size
     letters, pairs = torch.bincount(training, minlength=V), count_pairs(training, V)  # (V,), (V, V)
@@ -293,14 +293,30 @@ def attention_by_hand(query, key, value):
 # width C.
 
 
+class Linear(nn.Linear):
+    """A linear layer: (..., in_features) -> (..., out_features).
+
+    It is PyTorch's own, but for a single position and a large matrix, as in writing (section 8). There the
+    processor only waits for weights, and they come several times faster when asked for as two halves.
+    """
+
+    def forward(self, x):
+        large = self.weight.numel() > 2**17 and self.out_features % 2 == 0 and x.is_cpu
+        if x.numel() != self.in_features or not large:
+            return F.linear(x, self.weight, self.bias)
+        halves = self.weight.view(2, -1, self.in_features)  # (2, out_features / 2, in_features)
+        y = halves @ x.view(1, 1, -1).mT.expand(2, -1, 1)  # (2, out_features / 2, 1)
+        return y.view(*x.shape[:-1], -1) + self.bias  # (..., out_features)
+
+
 class Attention(nn.Module):
     """Causal self-attention with several heads. (B, T, C) -> (B, T, C)"""
 
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None, start=0):
         B, T, C = x.shape
@@ -338,8 +354,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # "fully connected"
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)  # "fully connected"
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         x = F.gelu(self.c_fc(x))  # (B, T, C) -> (B, T, 4 * C)
@@ -391,15 +407,21 @@ class Block(nn.Module):
 # >>> [f"{count(65, c.block_size, c.n_embd, c.n_layer) / 1e6:.1f} M" for c in configs]
 # ['0.4 M', '3.2 M', '10.8 M', '85.9 M']
 #
-# The *initial weights* must be random, or all units of a layer would stay alike forever; how large matters
-# more than it seems. GPT-2 drew them with a spread of 0.02, good for its widths of 768 to 1,600. A sum of C
-# random terms grows with the root of C, so the spread that keeps vectors the same size through a layer is 1
-# / sqrt(C): 0.088 at width 128, where 0.02 leaves all signals faint and the first hundreds of steps go into
-# making them louder. Layers that write to the residual stream start smaller by sqrt(2 * n_layer), as GPT-2
-# has it, so that a deep stack of them does not drown the stream. And positions need not start as noise: we
-# fill their table with the waves of the first transformer, sines and cosines from fast to slow, in which
-# places that are near have vectors that are alike. It is the same table and learns as freely, but need not
-# discover first that 7 is next to 8.
+# The *initial weights* must be random, or all units of a layer would stay alike forever; how large they are
+# matters more than it seems. GPT-2 drew them with a spread of 0.02, good for its widths of 768 to 1,600. A
+# sum of C random terms grows with the root of C, so the spread that keeps vectors the same size through a
+# layer is 1 / sqrt(C): 0.088 at width 128, where 0.02 leaves all signals faint and the first hundreds of
+# steps go into making them louder. Layers that write to the residual stream start smaller by sqrt(2 *
+# n_layer), as in GPT-2, so that a deep stack of them does not drown it.
+#
+# One more thing need not start at random. A model of text must first find out that the characters just
+# before matter most, and as long as positions are noise, that discovery is slow. So we fill the position
+# table with waves, sines and cosines as in the first transformer. The vector of position t - d then is that
+# of position t with every wave turned back by d times its pace, and turning is linear: if a head's query
+# weights are its key weights turned by d, its queries fit best the keys d positions back. We start head
+# number d so. Everything stays free to be learned, and is; but the model begins by looking at the last
+# characters instead of everywhere. (Today's rotary positions, Su et al., 2021, build the same turning into
+# every layer for good.)
 
 
 class GPT(nn.Module):
@@ -419,28 +441,38 @@ class GPT(nn.Module):
         config, chance = self.config, torch.Generator().manual_seed(self.config.seed)
         std = 1 / math.sqrt(config.n_embd) if config.init_std is None else config.init_std
         for name, parameter in self.named_parameters():
-            if (
-                parameter.dim() == 2
-            ):  # the matrices; scales and shifts of layer normalization start at 1 and 0
+            if parameter.dim() == 2:  # a matrix
                 smaller = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
                 parameter.normal_(0, std / smaller, generator=chance)
-            elif name.endswith("bias"):
+            elif name.endswith("bias"):  # the scales of layer normalization stay at 1
                 parameter.zero_()
-        if config.wave_positions:
-            slowness = 10_000 ** (torch.arange(0, config.n_embd, 2) / config.n_embd)  # (C / 2,)
-            angle = torch.arange(config.block_size)[:, None] / slowness  # (T, C / 2)
-            waves = torch.cat([angle.sin(), angle.cos()], dim=1)[
-                :, : config.n_embd
-            ]  # (T, C), mean square 1/2
-            self.wpe.weight.copy_(waves * std * math.sqrt(2))
+        if config.wave_start:
+            self.start_looking_back(std)
+
+    @torch.no_grad()
+    def start_looking_back(self, std):
+        C, n_head = self.config.n_embd, self.config.n_head
+        half = C // 2
+        pace = math.pi * (torch.arange(half) + 0.5) / half  # (C/2,) each wave's turn from a place to the next
+        angle = torch.arange(self.config.block_size)[:, None] * pace  # (T, C/2)
+        waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (T, C), their mean square is 1/2
+        self.wpe.weight[:, : 2 * half] = waves * std * math.sqrt(2)
+        for block in self.h:
+            queries, keys, _ = block.attn.c_attn.weight.split(C)  # (C, C) each, one head below the other
+            for head, (query, key) in enumerate(zip(queries.chunk(n_head), keys.chunk(n_head))):
+                turn = pace * (head + 1)  # (C/2,)
+                a, b = key[:, :half], key[:, half : 2 * half]  # (head_size, C/2): for the sines, the cosines
+                query[:, :half] = a * turn.cos() + b * turn.sin()  # (head_size, C/2)
+                query[:, half : 2 * half] = b * turn.cos() - a * turn.sin()  # (head_size, C/2)
 
     def forward(self, tokens, cache=None, start=0):
         """Raises ValueError if the tokens don't fit the context. `cache` and `start` belong to section 8."""
         T = tokens.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} characters don't fit a context of {self.config.block_size}")
-        positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
-        x = self.wte(tokens) + self.wpe(positions)  # (B, T) and (T,) -> (B, T, C)
+        x = (
+            self.wte(tokens) + self.wpe.weight[start : start + T]
+        )  # (B, T) -> (B, T, C), and (T, C) for all alike
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[layer], start)  # (B, T, C)

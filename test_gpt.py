@@ -83,7 +83,7 @@ def test_every_tensor_of_every_size_has_the_shape_that_the_lesson_says(size, mil
     inputs, targets = gpt.get_batch(TOKENS, B, T, seed=1, step=1)
     assert inputs.shape == targets.shape == (B, T)
     assert model(inputs).shape == (B, T, V)
-    assert seen["wte"] == (B, T, C) and seen["wpe"] == (T, C)
+    assert seen["wte"] == (B, T, C) and model.wpe.weight.shape == (config.block_size, C)
     for layer in range(config.n_layer):
         assert seen[f"h.{layer}.attn.c_attn"] == (B, T, 3 * C)
         assert seen[f"h.{layer}.mlp.c_fc"] == (B, T, 4 * C)
@@ -227,12 +227,25 @@ def test_the_model_is_gpt2_as_pytorch_itself_would_build_it():
     assert torch.allclose(model(tokens), x @ weights["wte.weight"].T, atol=1e-5)
 
 
+def test_each_head_starts_by_looking_back_its_number_of_characters():
+    model, seen = gpt.GPT(gpt.Config(n_head=4, n_embd=128, block_size=64)), []
+    attend = model.h[0].attn
+    attend.c_attn.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    model(torch.zeros(1, 64, dtype=torch.long))  # the same character everywhere: only the places differ
+    queries, keys, _ = seen[0].split(128, dim=1)
+    for head in range(4):
+        part = slice(head * 32, (head + 1) * 32)
+        favourite = (queries[:, part] @ keys[:, part].T).tril().argmax(1)
+        back = torch.arange(64) - favourite
+        assert (back[8:] == head + 1).float().mean() > 0.6
+
+
 def test_weights_start_at_the_spread_that_suits_the_width():
     weights = gpt.GPT(gpt.Config()).state_dict()
     assert abs(weights["h.0.attn.c_attn.weight"].std() - 128**-0.5) < 0.002
     assert abs(weights["wpe.weight"].square().mean().sqrt() - 128**-0.5) < 0.002
     assert not weights["h.1.mlp.c_fc.bias"].any() and (weights["ln_f.weight"] == 1).all()
-    usual = gpt.GPT(gpt.Config(init_std=0.02, wave_positions=False)).state_dict()
+    usual = gpt.GPT(gpt.Config(init_std=0.02, wave_start=False)).state_dict()
     assert abs(usual["wpe.weight"].std() - 0.02) < 0.001
 
 
@@ -360,7 +373,7 @@ def test_half_precision_trains_too():
 
 
 def test_a_compiled_model_computes_the_same(monkeypatch):
-    # All of torch.compile but its last stage, the C++ compiler, which takes half a minute; .ci/run runs that too.
+    # All of torch.compile but its last stage, the C++ compiler, which takes half a minute (.ci/run does that)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     config = replace(SMALL, n_layer=1, steps=4)
     plain, compiled = trained(config)[1], trained(replace(config, compile=True))[1]
@@ -406,7 +419,7 @@ def test_each_character_costs_one_position_however_long_the_text():
     model, widths = randomized(SMALL), []
     model.wte.register_forward_hook(lambda module, args, out: widths.append(args[0].size(1)))
     list(gpt.generate(model, TOKENIZER, "To be", 200))
-    assert widths[0] == 5 and set(widths[1:]) == {1, 8}  # 8: half the context, encoded afresh when it is full
+    assert widths[0] == 5 and set(widths[1:]) == {1, 8}  # 8: half the context, afresh when it is full
     assert widths.count(8) == len(range(12, 200, 9))  # from 8 to 17, one too many, are 9 characters
 
 
