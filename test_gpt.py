@@ -93,7 +93,7 @@ def test_every_tensor_of_every_size_has_the_shape_that_the_lesson_says(size, mil
 
 
 def test_the_loss_decreases_from_an_even_guess_to_below_counting_letter_pairs():
-    model = gpt.GPT(gpt.Config(steps=250, eval_every=250))
+    model = gpt.GPT(gpt.Config(steps=300, eval_every=300))
     marks = gpt.yardsticks(TRAINING, HELD_OUT, 65)
     losses = [(report.loss, report.held_out) for report in gpt.train(model, TRAINING, HELD_OUT)]
     assert abs(losses[0][0] - marks["guessing evenly"]) < 0.8  # an untrained model knows next to nothing
@@ -743,7 +743,7 @@ BAD_INPUT = """
 --data folder                                       | folder
 --data empty.txt                                    | 0 characters
 --data binary.dat                                   | not UTF-8
---data short.txt                                    | needs 641
+--data short.txt                                    | needs 1281
 --data input.txt --block-size 5000                  | needs 50001
 --n-embd 130 --n-head 4                             | shared out
 --n-layer 0                                         | --n-layer
@@ -789,7 +789,7 @@ BAD_INPUT = """
 --generate --out small.pt --top-k -1                | --top-k
 --generate --out small.pt --steps 5                 | --steps
 --init-from small.pt --n-layer 3                    | --n-layer
---init-from small.pt --data chinese.txt             | '中' (700 times)
+--init-from small.pt --data chinese.txt             | '中' (1500 times)
 --init-from nowhere.pt                              | nowhere.pt
 --plot loss.xyz --n-embd 16 --steps 2               | loss.xyz or matplotlib
 """
@@ -801,10 +801,10 @@ def folder_of_traps(tmp_path_factory):
     (folder / "folder").mkdir()
     (folder / "input.txt").write_text(TEXT[:20_000], encoding="utf-8")
     (folder / "other.txt").write_text(TEXT[1000:9000], encoding="utf-8")
-    (folder / "chinese.txt").write_text("中" * 700, encoding="utf-8")
+    (folder / "chinese.txt").write_text("中" * 1500, encoding="utf-8")
     (folder / "empty.txt").write_text("")
     (folder / "binary.dat").write_bytes(bytes(range(256)) * 50)
-    (folder / "short.txt").write_text(TEXT[:640], encoding="utf-8")
+    (folder / "short.txt").write_text(TEXT[:1280], encoding="utf-8")
     where = ["--data", str(folder / "input.txt"), "--out", str(folder / "small.pt")]
     gpt.main([*SMALL_FLAGS, *where, "--steps", "2"])
     for name in ("pt", "resume.pt"):
