@@ -137,7 +137,7 @@ def test_every_setting_has_a_flag_whose_default_is_told_by_help(capsys):
         if row.name != "vocab_size":
             flag = "--" + row.name.replace("_", "-")
             assert re.search(
-                f"{flag}\\b.*?" + ("given" if row.default is None else f"default: {row.default}"), told
+                f"{flag}\\b.*?" + ("default: " if row.default is None else f"default: {row.default}"), told
             ), flag
 
 
@@ -772,12 +772,15 @@ BAD_INPUT = """
 --out input.txt                                     | overwrite
 --frobnicate                                        | --frobnicate
 --size                                              | --size
+--length 0                                          | --length
+--prompt ß                                          | 'ß'
+--top-k 100                                         | --top-k
 --resume                                            | no run to resume
 --resume --out small.pt --lr 0.1                    | --lr
 --resume --out small.pt --data other.txt            | not the text
 --resume --out small.pt --steps 1                   | --steps
 --resume --out cut.pt                               | cut.resume.pt
---generate                                          | to train a model
+--generate                                          | train a model first
 --generate --out cut.pt                             | cut.pt
 --generate --out input.txt                          | input.txt
 --generate --out small.pt --prompt ß                | 'ß'
@@ -791,7 +794,7 @@ BAD_INPUT = """
 --init-from small.pt --n-layer 3                    | --n-layer
 --init-from small.pt --data chinese.txt             | '中' (1500 times)
 --init-from nowhere.pt                              | nowhere.pt
---plot loss.xyz --n-embd 16 --steps 2               | loss.xyz or matplotlib
+--plot loss.xyz --n-embd 16 --steps 2               | xyz or matplotlib
 """
 
 
