@@ -39,6 +39,7 @@ it, before and after, and the letters always mean the same:
 import argparse
 import builtins
 import contextlib
+import functools
 import hashlib
 import io
 import math
@@ -81,9 +82,7 @@ class Config:
     n_layer: int = setting(2, "blocks, one on top of the other (section 4)", least=1)
     n_head: int = setting(4, "attention heads in a block; must divide n_embd (section 2)", least=1)
     n_embd: int = setting(128, "width: the numbers that stand for one character (section 5)", least=1)
-    block_size: int = setting(
-        128, "context: the characters that the model looks back on (section 2)", least=1
-    )
+    block_size: int = setting(128, "context: characters that the model looks back on (section 2)", least=1)
     # Where training starts from (section 5).
     init_std: float = setting(None, "spread of the initial weights (default: 1/sqrt(n_embd))", least=0)
     wave_start: bool = setting(True, "start with each head looking a few characters back")
@@ -92,9 +91,7 @@ class Config:
     # How many steps, and how far each goes (section 7).
     steps: int = setting(6000, "steps of training", least=1)
     lr: float = setting(2e-3, "learning rate at its peak", least=0)
-    warmup: int = setting(
-        None, "steps until the peak of the learning rate (default: a tenth of all)", least=0
-    )
+    warmup: int = setting(None, "steps until that peak is reached (default: a tenth of all)", least=0)
     final_lr: float = setting(0.0, "learning rate at the end, as a share of the peak", least=0, most=1)
     weight_decay: float = setting(0.3, "pull of the weight matrices towards zero", least=0)
     beta2: float = setting(0.99, "how long AdamW remembers the size of the gradients", least=0, most=0.99999)
@@ -471,9 +468,7 @@ class GPT(nn.Module):
         T = tokens.size(1)
         room = self.config.block_size
         require(start + T <= room, f"{start + T} characters don't fit a context of {room}")
-        x = (
-            self.wte(tokens) + self.wpe.weight[start : start + T]
-        )  # (B, T) -> (B, T, C), and (T, C) for all alike
+        x = self.wte(tokens) + self.wpe.weight[start : start + T]  # (B, T, C) + (T, C) -> (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[layer], start)  # (B, T, C)
@@ -676,6 +671,10 @@ def train(model, training, held_out, state=None):
     network = nn.parallel.DistributedDataParallel(model) if processes > 1 else model  # averages the gradients
     network = torch.compile(network) if config.compile else network
 
+    def state_after(steps):
+        parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        return {"step": steps} | {name: part.state_dict() for name, part in parts.items()}
+
     model.train()
     for step in range(start, config.steps):
         began = time.perf_counter()
@@ -701,18 +700,7 @@ def train(model, training, held_out, state=None):
         held_out_loss = evaluate(model, held_out) if look else None
         if not math.isfinite(mean_loss + (held_out_loss or 0)):
             raise FloatingPointError(f"the loss is nan at step {step + 1}: lower --lr, which is {config.lr}")
-        yield Report(
-            step + 1,
-            mean_loss,
-            held_out_loss,
-            seconds,
-            lambda: {
-                "step": step + 1,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-            },
-        )
+        yield Report(step + 1, mean_loss, held_out_loss, seconds, functools.partial(state_after, step + 1))
 
 
 # %% 8. Writing
@@ -934,9 +922,7 @@ def read_checkpoint(path, otherwise="train a model first: python gpt.py"):
         if "optimizer" in found:
             moments = [t for entry in found["optimizer"]["state"].values() for t in entry.values() if t.dim()]
             shapes = 2 * [t.shape for t in tensors] if found["step"] > 0 else []
-            require(
-                sorted(t.shape for t in moments) == sorted(shapes), "wrong shapes in the optimizer's state"
-            )
+            require(sorted(t.shape for t in moments) == sorted(shapes), "wrong shapes of the optimizer")
             tensors += moments
         require(all(torch.isfinite(tensor).all() for tensor in tensors), "numbers that are not finite")
     except Exception as error:
@@ -1034,9 +1020,7 @@ def settings_for(given, unfinished):
         start = read_checkpoint(unfinished, "there is no run to resume")
         require("step" in start, f"{unfinished} is a finished model, not a run to resume")
         config = replace(Config(**start["config"]), **chosen)
-        require(
-            config.steps >= start["step"], f"the run has done {start['step']} --steps: give as many or more"
-        )
+        require(config.steps >= start["step"], f"the run has done {start['step']} --steps already")
         return config, start
     if "init_from" in given:
         refuse(given.keys() & {"size", *SHAPE}, "--init-from: the trained model has its shape")
@@ -1084,9 +1068,8 @@ def run(given, how):
     unseen = Counter(filter(lambda c: c not in tokenizer.token_of, text)) if start else {}
     counts = ", ".join(f"{c!r} ({n} times)" for c, n in Counter(unseen).most_common(20))
     require(not unseen, f"{path} has {len(unseen)} characters that the trained model never saw: {counts}")
-    require(
-        path.resolve() not in (out.resolve(), unfinished.resolve()), f"--out {out} would overwrite the text"
-    )
+    written = (out.resolve(), unfinished.resolve())
+    require(path.resolve() not in written, f"--out {out} would overwrite the text")
     number_format(config.dtype, device)  # raises if the device can't do it
     require(B % processes == 0, f"--batch-size {B} can't be shared out evenly among {processes} processes")
     config = replace(config, vocab_size=tokenizer.vocab_size)
@@ -1125,16 +1108,15 @@ def run(given, how):
             if older.exists():
                 say(f"{older} was there and is kept as {older}.old.")
                 write_whole(f"{older}.old", older.read_bytes())
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # there may be no earlier run, or one that can't be read
+        with contextlib.suppress(OSError, ValueError):  # there may be no earlier run
             earlier = read_checkpoint(unfinished)
-            if earlier["step"] < earlier["config"]["steps"]:
+            done, steps = earlier["step"], earlier["config"]["steps"]
+            if done < steps:
                 say(
-                    f"It is a run that stopped at step {earlier['step']} of {earlier['config']['steps']}.",
+                    f"It is a run that stopped at step {done} of {steps}. To go on with that one instead,",
                     end=" ",
                 )
-                say(f"To go on with it, press Ctrl-C, rename {unfinished}.old back and use --resume.")
+                say(f"press Ctrl-C, rename {unfinished}.old back and use --resume.")
         save_state({"step": 0, "optimizer": make_optimizer(model, config).state_dict(), "scaler": {}})
 
     caught = []  # the first Ctrl-C or SIGTERM is noted here; a second ends the program at once
@@ -1239,9 +1221,8 @@ def main(argv=None):
     finally:
         if place_among_processes()[1] > 1:
             dist.destroy_process_group()
-    if trouble and (
-        status == 1 or os.environ.get("RANK", "0") == "0"
-    ):  # wrong input is wrong in all processes
+    told = status == 2 and os.environ.get("RANK", "0") != "0"  # wrong input is the same in all processes
+    if trouble and not told:
         print(f"gpt.py: {trouble}", file=sys.stderr)
     return status
 
