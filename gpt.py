@@ -872,7 +872,11 @@ def read_text(path):
         raise OSError(f"can't read the text {path}: {error.strerror}") from None
 
 
-# Devices: `auto` takes the first that is there of an NVIDIA GPU (cuda), an Apple GPU (mps) and the CPU.
+# *Devices.* The same code runs on a CPU, on an NVIDIA GPU (`cuda`) and on an Apple one (`mps`): tensors
+# live on a device, and what is computed from them is computed there. A GPU has thousands of small cores and
+# pays off when there is work for all of them, from the size `small` on. `auto` takes the first that is
+# there of cuda, mps and cpu. Results are repeatable on one device; another adds numbers up in another order
+# and so differs in the last bits.
 
 
 def pick_device(name="auto"):
@@ -892,10 +896,18 @@ def pick_device(name="auto"):
     return torch.device(kind, index)  # of several processes, each takes its own
 
 
-# Checkpoints. A *checkpoint* is a model in a file: settings, characters, weights, and the losses on the
-# way. Files from others can't be trusted: Python's own format (pickle) may run any code when it is opened.
-# With `weights_only=True` PyTorch reads tensors and plain values and nothing else, and then we check what
-# we have got.
+# A *checkpoint* is a model in a file, and a run writes two. `gpt.pt` is the model with the lowest held-out
+# loss so far, to be used and shared: settings, characters, weights, and the losses on the way.
+# `gpt.resume.pt` is what it takes to go on: the weights as they are now, which may be worse than the best,
+# the two running means that AdamW keeps for each of them, and the number of steps done. Nothing else is
+# needed, since step s draws its chance from the seed and s alone (section 6). So a run that is stopped, or
+# killed at any moment, and then resumed ends with the same weights, to the bit, as one that was left in
+# peace; the tests kill some to prove it.
+#
+# A file from somebody else can't be trusted. Python's own format for such things, pickle, may run any code
+# when it is opened. With `weights_only=True` PyTorch reads tensors and plain values and refuses the rest;
+# then we check that they are a model of ours: every tensor there, of the right shape, and every number
+# finite.
 
 
 def save(path, model, tokenizer, more=None):
@@ -963,8 +975,10 @@ def draw(path, history, marks):
 
 
 # %% 10. The command line
-# What a user types becomes settings, and what goes wrong becomes one line that says what to do. The flags
-# are those of `Config` and these:
+# What a user types becomes settings, and what goes wrong becomes one line that says what to do. A mistake
+# in what was typed ends the program with status 2, before anything has been written; a failure on the way,
+# such as a loss that is no number, with status 1; Ctrl-C with 130 and SIGTERM with 143, as is the custom.
+# The flags are those of `Config` and these:
 
 WRITING = {"prompt", "length", "temperature", "top_k"}
 FLAGS = {
@@ -984,6 +998,8 @@ FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse answers a mistake with two lines and exits; ours says it in one, like all other mistakes."""
+
     def error(self, message):
         raise ValueError(f"{message}; python gpt.py --help lists all flags")
 
@@ -1007,6 +1023,7 @@ def read_flags(argv):
 
 
 def refuse(names, why):
+    """Stop with a ValueError that names the first of these flags, if there is one."""
     for name in sorted(names):
         raise ValueError(f"--{name.replace('_', '-')} can't be given beside {why}")
 
@@ -1079,6 +1096,7 @@ def run(given, how):
         model.load_state_dict(start["model"])
     model.to(device)
 
+    # What can be known without a model: the size of the task, and the yardsticks.
     tokens = tokenizer.encode(text).to(device)  # (N,)
     cut = len(tokens) * 9 // 10
     different = count_pairs(tokens.cpu(), config.vocab_size).count_nonzero().item()
@@ -1091,9 +1109,10 @@ def run(given, how):
     say(f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {T}:", end=" ")
     say(f"{millions:.2f} million parameters, on {device}.")
 
+    # From here on there may be several processes. All of them train; only the first prints and saves.
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    first = place_among_processes()[0] == 0  # only the first process prints and saves
+    first = place_among_processes()[0] == 0
     history = resuming["history"] if resuming else {"training": [], "held_out": []}
     if first and "plot" in given:
         draw(given["plot"], history, marks)  # so that a mistake shows now and not after the training
@@ -1103,6 +1122,7 @@ def run(given, how):
         if first:
             save(unfinished, model, tokenizer, state | more)
 
+    # A new run keeps what it finds under another name, and can be resumed from its very first step.
     if first and not resuming:
         for older in (out, unfinished):
             if older.exists():
@@ -1119,7 +1139,9 @@ def run(given, how):
                 say(f"press Ctrl-C, rename {unfinished}.old back and use --resume.")
         save_state({"step": 0, "optimizer": make_optimizer(model, config).state_dict(), "scaler": {}})
 
-    caught = []  # the first Ctrl-C or SIGTERM is noted here; a second ends the program at once
+    # Ctrl-C, or SIGTERM from the system, must not fall into the middle of a step. It is only noted; when the
+    # step is done, the run saves and ends. A second one ends the program at once.
+    caught = []
 
     def note(number, frame):
         caught.append(number)
@@ -1127,13 +1149,14 @@ def run(given, how):
 
     main_thread = threading.current_thread() is threading.main_thread()  # only there can signals be caught
     handlers = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
+    # The run itself: `train` does the mathematics, and after each step we look at its report and tell the news.
     best = min((loss for _, loss in history["held_out"]), default=math.inf)
     begun, live = len(history["training"]), sys.stdout.isatty()
     ahead = [] if begun else sorted(marks.items(), key=lambda mark: -mark[1])  # yardsticks not yet passed
     try:
         for report in train(model, tokens[:cut], tokens[cut:], resuming):
             history["training"].append(report.loss)
-            recent = history["training"][-20:]
+            recent = history["training"][-20:]  # the loss of a single batch jumps about
             training_loss, pace = sum(recent) / len(recent), report.seconds / (report.step - begun)
             left = round(pace * (config.steps - report.step))
             line = f"step {report.step:,} of {config.steps:,}  training loss {training_loss:.3f}"
@@ -1145,7 +1168,7 @@ def run(given, how):
                 say("\r" * live + line.ljust(90 * live), end="\n" if passed or report.held_out else "")
             if report.held_out and first:
                 history["held_out"].append([report.step, report.held_out])
-                if report.held_out < best:
+                if report.held_out < best:  # saved before the state: if killed in between, it is done again
                     best = report.held_out
                     save(out, model, tokenizer, {"history": history})
                 sample = "".join(generate(model, tokenizer, length=120, seed=config.seed)).strip()
@@ -1163,6 +1186,7 @@ def run(given, how):
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
+    # The end: the best model, not the last, writes the scene.
     if first:
         model, tokenizer = load(out, device)
         say(f"The model with the lowest held-out loss, {best:.4f}, is in {out}. It writes:\n")
