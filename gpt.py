@@ -1168,7 +1168,7 @@ def run(given, how):
                 say("\r" * live + line.ljust(90 * live), end="\n" if passed or report.held_out else "")
             if report.held_out and first:
                 history["held_out"].append([report.step, report.held_out])
-                if report.held_out < best:  # saved before the state: if killed in between, it is done again
+                if report.held_out < best:  # saved before the state: a kill in between loses nothing
                     best = report.held_out
                     save(out, model, tokenizer, {"history": history})
                 sample = "".join(generate(model, tokenizer, length=120, seed=config.seed)).strip()
