@@ -124,11 +124,11 @@ class Config:
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
 # Named sizes, for `--size`; each line says how it differs from the table. The wider the model, the smaller
-# its learning rate, in proportion: what a layer passes on is a sum over its width. Only medium sees the
-# text often enough to need dropout.
+# its learning rate, about in proportion: what a layer passes on is a sum over its width. And the more
+# parameters for the same text, the more dropout, against learning it by heart.
 SIZES = {
     "tiny": dict(),
-    "small": dict(n_layer=4, n_embd=256, batch_size=8, lr=1e-3),
+    "small": dict(n_layer=4, n_embd=256, batch_size=8, lr=1e-3, dropout=0.1),
     "medium": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16, lr=7e-4, dropout=0.2),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=8, lr=3e-4, steps=20_000),
 }
@@ -1149,7 +1149,7 @@ def run(given, how):
 
     main_thread = threading.current_thread() is threading.main_thread()  # only there can signals be caught
     handlers = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
-    # The run itself: `train` does the mathematics, and after each step we look at its report and tell the news.
+    # The run itself: `train` does the mathematics; after each step we look at its report and tell the news.
     best = min((loss for _, loss in history["held_out"]), default=math.inf)
     begun, live = len(history["training"]), sys.stdout.isatty()
     ahead = [] if begun else sorted(marks.items(), key=lambda mark: -mark[1])  # yardsticks not yet passed
