@@ -323,10 +323,11 @@ class Attention(nn.Module):
     def forward(self, x, cache=None, start=0):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, n_head, head_size)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three times (B, n_head, T, head_size)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_size)
+        q, k, v = qkv  # three times (B, n_head, T, head_size)
         if cache is not None:  # only when writing; section 8 explains it
-            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
-            k, v = cache[:, :, :, : start + T]  # (B, n_head, start + T, head_size)
+            cache[:, :, :, start : start + T] = qkv[1:]  # (2, B, n_head, T, head_size)
+            k, v = cache[:, :, :, : start + T]  # (B, n_head, start + T, head_size) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # ahead of a single query is nothing
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, head_size) -> (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
