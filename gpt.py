@@ -4,7 +4,8 @@
 # ///
 """
 This file is a complete language model: GPT-2's architecture, trained from nothing on Shakespeare, one
-character at a time, until it writes plays of its own. PyTorch does the arithmetic; all else is on this page.
+character at a time, until it writes plays of its own. PyTorch does the arithmetic and works out gradients;
+all else is on this page.
 
 The same architecture can be trained badly or well, and most of what makes a model good is how it is trained.
 This one reaches the loss of the usual tutorial recipe in a fraction of its time, and section 7 says why.
@@ -19,8 +20,9 @@ The lesson     0 Settings   1 Text to numbers   2 Attention   3 The MLP   4 The 
                6 Batches    7 Training          8 Writing
 The program    9 Around the lesson (files, devices, pictures)   10 The command line
 
-Read from the top: every word is explained before it is used. Lines that begin with >>> are examples, with
-their results below; the tests run them, so they are true. A *tensor* is a table of numbers with any number of
+Read from the top. Section 0 is a table of settings, full of words that come later; from section 1 on, each
+word is explained where it first matters. Lines that begin with >>> are examples, with their results below;
+the tests run them, so they are true. A *tensor* is a table of numbers with any number of
 dimensions; a comment such as `# (B, T) -> (B, T, C)` at the end of a line gives the shapes of the tensors in
 it, before and after, and the letters always mean the same:
 
@@ -31,10 +33,10 @@ it, before and after, and the letters always mean the same:
 """
 
 # %% 0. Settings
-# Everything you can change is in this one table: the value, the meaning, and the limits within which it
-# makes sense. On a first reading, look at the names and go on; the section named beside each explains it.
-# On the command line the same names are flags (`--n-layer 4`), and in Python they are arguments
-# (`Config(n_layer=4)`).
+# What can be set about a model and its training is in this one table: the value, the meaning, and the
+# limits within which it makes sense. On a first reading, look at the names and go on; the section named
+# beside each explains it. On the command line the same names are flags (`--n-layer 4`), and in Python they
+# are arguments (`Config(n_layer=4)`).
 
 import argparse
 import builtins
@@ -125,7 +127,8 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
 # Named sizes, for `--size`; each line says how it differs from the table. The wider the model, the smaller
 # its learning rate, about in proportion: what a layer passes on is a sum over its width. And the more
-# parameters for the same text, the more dropout, against learning it by heart.
+# parameters for the same text, the more dropout, against learning it by heart. (gpt2 is meant for a text a
+# hundred times as long; Shakespeare alone it would learn by heart.)
 SIZES = {
     "tiny": dict(),
     "small": dict(n_layer=4, n_embd=256, batch_size=8, lr=1e-3, dropout=0.1),
@@ -135,11 +138,14 @@ SIZES = {
 
 
 # %% 1. Text to numbers
-# A neural network computes with numbers, so the text must become numbers. The plainest way: make a list of
-# all characters that occur (the *vocabulary*) and write down, for each character, its place in that list.
-# That place is its *token*. Today's large models take frequent pieces of words instead; GPT-2 has 50,257 of
-# them. Characters make the text longer but the vocabulary tiny, and the vocabulary has its price: the model
-# keeps a row of `n_embd` numbers for each entry. With rows of 384 numbers:
+# A *model* here is one long formula with thousands of adjustable numbers, its *parameters*, and *training*
+# means changing them, little by little, until its guesses are good. A *neural network* is such a formula,
+# put together from simple *layers*, one after another. Formulas compute with numbers, so the text must
+# become numbers. The plainest way: make a list of all characters that occur (the *vocabulary*) and write
+# down, for each character, its place in that list. That place is its *token*. Today's large models take
+# frequent pieces of words instead; GPT-2 has 50,257 of them. Characters make the text longer but the
+# vocabulary tiny, and the vocabulary has its price: the model keeps a row of `n_embd` numbers for each
+# entry. With rows of 384 numbers:
 #
 # >>> print(f"{65 * 384:,} numbers for our characters, {50_257 * 384:,} for GPT-2's pieces")
 # 24,960 numbers for our characters, 19,298,688 for GPT-2's pieces
@@ -241,18 +247,18 @@ def yardsticks(training, held_out, vocab_size):
 # To guess the next character the model must look at those before it, and which of them matter depends on
 # the text: after `Q` the last one is enough, inside a name it needs the name's beginning, and whether a
 # line is verse shows only further back. *Attention* (Vaswani et al., "Attention Is All You Need", 2017)
-# lets every position choose for itself where to look. Inside the model each position is a row of numbers, a
-# *vector*. From it three more are made:
+# lets every position choose for itself where to look. Inside the model each position in the text is a row
+# of numbers, a *vector*; section 5 shows how a character becomes one. From it a layer makes three more:
 #
 #     query  what this position is looking for
 #     key    what this position has to offer those who look
 #     value  what it hands over when it is looked at
 #
-# Query times key, number by number and summed, is large where the two fit. *Softmax* turns these scores
-# into weights: e to the power of each, divided by their sum, so that all are positive and add up to 1. The
-# result is the weighted mean of the values. Dividing by the root of the vector's length keeps the scores of
-# long vectors from growing so large that softmax would give everything to one of them and leave nothing to
-# learn from.
+# A position's query is multiplied with the key of every position, number by number, and summed (the *dot
+# product*): that is its *score* for that position, large where the two fit. *Softmax* turns the scores into
+# shares: e to the power of each, divided by their sum, so that all are positive and add up to 1. The result
+# is the mean of the values, each taken by its share. Dividing the scores by the square root of how many
+# numbers a vector has keeps them from growing with it: softmax would give nearly all to the largest.
 #
 # Now the one rule a text imposes: a position may look back, never ahead, or it would read its answer
 # instead of guessing it. The *causal mask* sets the scores of later positions to minus infinity, and
@@ -263,31 +269,32 @@ def attention_by_hand(query, key, value):
     """Attention as its formula says it. Each of the three: (..., T, head_size), and so is the result.
 
     Three positions, vectors of one number. All ask with the query 1. The third key fits better than the
-    others, by ln 2, so it gets twice their weight: 1/4, 1/4, 1/2. The first sees only itself, the second two.
+    others, by ln 2, so it gets twice their share: 1/4, 1/4, 1/2. The first sees only itself, the second two.
 
     >>> query, key = torch.tensor([[1.0], [1.0], [1.0]]), torch.tensor([[0.0], [0.0], [math.log(2)]])
     >>> value = torch.tensor([[8.0], [4.0], [0.0]])
     >>> attention_by_hand(query, key, value).flatten()  # 8, (8 + 4) / 2, 8/4 + 4/4 + 0/2
     tensor([8., 6., 3.])
 
-    PyTorch has the same in one call that never writes down the whole table of weights, and so is faster:
+    PyTorch has the same in one call that never writes down the whole table of shares, and so is faster:
 
     >>> F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True).flatten()
     tensor([8., 6., 3.])
     """
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (..., T, head_size) -> (..., T, T)
     ahead = torch.ones_like(scores).triu(1).bool()  # (..., T, T) true where the column is later than the row
-    weights = scores.masked_fill(ahead, -math.inf).softmax(-1)  # (..., T, T) each row adds up to 1
-    return weights @ value  # (..., T, T) -> (..., T, head_size)
+    shares = scores.masked_fill(ahead, -math.inf).softmax(-1)  # (..., T, T) each row adds up to 1
+    return shares @ value  # (..., T, T) -> (..., T, head_size)
 
 
 # A *linear layer* is the network's plainest part: it multiplies a vector by a table of numbers, its
-# weights, and adds a vector, its biases. Weights and biases are the *parameters*: they start at random and
-# are what is learned. One linear layer makes query, key and value in one go. We do not attend once but
-# `n_head` times side by side, each *head* with its own slice of the vectors, so that one can watch the last
-# letter while another watches the speaker's name. A last linear layer mixes what the heads have found. The
-# names are those of GPT-2's own files: `c_attn` makes query, key and value, and `c_proj` projects back to
-# width C.
+# *weights*, and adds a vector, its *biases*. Both are parameters. (In PyTorch a layer is an `nn.Module`, an
+# object that keeps its parameters; calling it, `layer(x)`, runs its `forward`. `@` multiplies matrices, and
+# `.training` is true in training and false after `.eval()`.) One linear layer makes query, key and value in
+# one go. We do not attend once but `n_head` times side by side, each *head* with its own slice of the
+# vectors, so that one can watch the last letter while another watches the speaker's name. A last linear
+# layer mixes what the heads have found. The names are those of GPT-2's own files: `c_attn` makes query, key
+# and value, and `c_proj` projects back to width C.
 #
 # *Dropout* (Srivastava et al., 2014) blanks out a random share of the numbers that a layer puts out, in
 # training only, and enlarges the rest to make up for it. No part can then rely on a few others, which
@@ -298,8 +305,8 @@ def attention_by_hand(query, key, value):
 class Linear(nn.Linear):
     """A linear layer: (..., in_features) -> (..., out_features).
 
-    It is PyTorch's own, but for a single position and a large matrix, as in writing (section 8). There the
-    processor only waits for weights, and they come several times faster when asked for as two halves.
+    It is PyTorch's own, but for one change: when a large matrix meets a single vector on a CPU, as in writing
+    (section 8), splitting the matrix in two halves happens to be several times faster.
     """
 
     def forward(self, x):
@@ -336,10 +343,10 @@ class Attention(nn.Module):
 # %% 3. The MLP
 # Attention moves information between positions but only ever averages it. The *MLP* (multi-layer
 # perceptron) is where each position, on its own, thinks about what it has gathered: a linear layer to four
-# times the width, a bend, a linear layer back. Without the bend two linear layers would be no more than
-# one. GPT-2 bends with *GELU* (Hendrycks and Gimpel, 2016): each number x is multiplied by the probability
-# that a normally distributed number is smaller than x. Large numbers pass, strongly negative ones become 0,
-# and in between it is smooth:
+# times the width, a bend (the *activation function*), a linear layer back. Without the bend two linear
+# layers would be no more than one. GPT-2 bends with *GELU* (Hendrycks and Gimpel, 2016): each number x is
+# multiplied by the probability that a number from the bell curve (mean 0, standard deviation 1) is smaller
+# than x. Large numbers pass, strongly negative ones become 0, and in between it is smooth:
 #
 # >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
 # tensor([-0.0000, -0.1600,  0.0000,  0.8400,  3.0000])
@@ -365,13 +372,14 @@ class MLP(nn.Module):
 # A block is one round of "look around, then think". Each half does not replace the vectors but adds to
 # them: this is a *residual connection* (He et al., 2015). So the vectors run through the whole model as a
 # stream that each layer reads from and writes to, the *residual stream*; what a layer does not touch passes
-# unchanged, and in training the correction reaches the lowest layer as directly as the highest. Without it,
-# deep models hardly learn.
+# unchanged, and in training (section 7) the correction reaches the lowest layer as directly as the highest.
+# Without it, deep models hardly learn. A stack of such blocks is a *transformer*: the T in GPT, "generative
+# pre-trained transformer".
 #
 # *Layer normalization* (Ba et al., 2016) comes before each half: it shifts and scales every vector to mean
-# 0 and spread 1, then applies a learned scale and shift of its own. Each layer so gets input of the same
-# size whatever those below have piled up. Putting it before the half rather than after is GPT-2's change to
-# the first transformer, and the reason that such models train without special care.
+# 0 and standard deviation 1, then applies a learned scale and shift of its own. So each layer gets input of
+# the same size whatever those below have piled up. Putting it before the half rather than after is GPT-2's
+# change to the first transformer, and the reason that such models train without special care.
 
 
 class Block(nn.Module):
@@ -392,11 +400,11 @@ class Block(nn.Module):
 # %% 5. The model
 # What is still missing are the two ends. Going in, each token becomes a vector: row number `token` of a
 # learned table, its *embedding*. Attention cannot tell the order of what it sees (a weighted mean has
-# none), so a second table has a vector for each position in the context, and the two are added. Without it
-# the model sees a bag of letters. Coming out, each vector is compared with all rows of the first table,
-# giving a number for each character, its *logit*: the higher, the likelier; softmax turns them into
-# probabilities. Using one table at both ends is *weight tying* (Press and Wolf, 2017): a character is read
-# and written with the same vector, and learned once.
+# none), so a second table has a vector for each position in the context, and the two are added. Without
+# this second table the model would see a bag of letters. Coming out, each vector is compared with all rows
+# of the first table, giving a number for each character, its *logit*: the higher, the likelier; softmax
+# turns them into probabilities. Using one table at both ends is *weight tying* (Press and Wolf, 2017): a
+# character is read and written with the same vector, and learned once.
 #
 # Count the parameters: the two tables, in each block 12 C² weights and 13 C biases and scales, and a last
 # layer normalization.
@@ -406,21 +414,22 @@ class Block(nn.Module):
 # >>> [f"{count(65, c.block_size, c.n_embd, c.n_layer) / 1e6:.1f} M" for c in configs]
 # ['0.4 M', '3.2 M', '10.8 M', '85.9 M']
 #
-# The *initial weights* must be random, or all units of a layer would stay alike forever; how large they are
-# matters more than it seems. GPT-2 drew them with a spread of 0.02, good for its widths of 768 to 1,600. A
-# sum of C random terms grows with the root of C, so the spread that keeps vectors the same size through a
-# layer is 1 / sqrt(C): 0.088 at width 128, where 0.02 leaves all signals faint and the first hundreds of
-# steps go into making them louder. Layers that write to the residual stream start smaller by sqrt(2 *
-# n_layer), as in GPT-2, so that a deep stack of them does not drown it.
+# The *initial weights* must be random, or all columns of a matrix would be changed in the same way and stay
+# alike forever; how large they are matters more than it seems. GPT-2 drew them with a standard deviation of
+# 0.02, good for its widths of 768 to 1,600. A sum of C random terms grows with the root of C, so the one
+# that keeps vectors the same size through a layer is 1 / sqrt(C): 0.088 at width 128, where 0.02 leaves all
+# signals faint and the first hundreds of steps go into making them louder. Layers that write to the
+# residual stream start smaller by sqrt(2 * n_layer), as in GPT-2, so that a deep stack of them does not
+# drown it.
 #
 # One more thing need not start at random. A model of text must first find out that the characters just
-# before matter most, and as long as positions are noise, that discovery is slow. So we fill the position
-# table with waves, sines and cosines as in the first transformer. The vector of position t - d then is that
-# of position t with every wave turned back by d times its pace, and turning is linear: if a head's query
-# weights are its key weights turned by d, its queries fit best the keys d positions back. We start head
-# number d so. Everything stays free to be learned, and is; but the model begins by looking at the last
-# characters instead of everywhere. (Today's rotary positions, Su et al., 2021, build the same turning into
-# every layer for good.)
+# before matter most, and as long as positions are noise, that discovery is slow. So each position gets a
+# row of sines and cosines, each pair of them a wave of its own pace; then moving back by d positions turns
+# every wave by a known angle. Take a head's key weights, turn them by that angle, and use the result as its
+# query weights: each query then resembles the key d positions back. Head 1 starts with d = 1, head 2 with d
+# = 2, and so on, so that each leans towards one of the last characters. Training may change all of it. (The
+# first transformer had waves too, never changed by training; today's rotary positions, Su et al., 2021,
+# turn queries and keys in every layer.)
 
 
 class GPT(nn.Module):
@@ -437,19 +446,21 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def set_initial_weights(self):
+        """Random matrices of the right size, biases at 0; the scales of layer normalization stay at 1."""
         config, chance = self.config, torch.Generator().manual_seed(self.config.seed)
         std = 1 / math.sqrt(config.n_embd) if config.init_std is None else config.init_std
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # a matrix
                 smaller = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
                 parameter.normal_(0, std / smaller, generator=chance)
-            elif name.endswith("bias"):  # the scales of layer normalization stay at 1
+            elif name.endswith("bias"):
                 parameter.zero_()
         if config.wave_start:
             self.start_looking_back(std)
 
     @torch.no_grad()
     def start_looking_back(self, std):
+        """Positions start as waves, and the queries of head d as the keys d positions back."""
         C, n_head = self.config.n_embd, self.config.n_head
         half = C // 2
         pace = math.pi * (torch.arange(half) + 0.5) / half  # (C/2,) each wave's turn from a place to the next
@@ -467,6 +478,7 @@ class GPT(nn.Module):
     def forward(self, tokens, cache=None, start=0):
         """Raises ValueError if the tokens don't fit the context. `cache` and `start` belong to section 8."""
         T = tokens.size(1)
+        assert start == 0 or T == 1, "after the first characters, the cache takes one at a time"
         room = self.config.block_size
         require(start + T <= room, f"{start + T} characters don't fit a context of {room}")
         x = self.wte(tokens) + self.wpe.weight[start : start + T]  # (B, T, C) + (T, C) -> (B, T, C)
@@ -480,13 +492,13 @@ class GPT(nn.Module):
 # Training shows the model stretches of text with the question "what comes next?" at every position at once:
 # a stretch of T characters asks T questions, and the mask keeps each from seeing its answer. The targets
 # are the inputs moved on by one. A *batch* of B stretches is worked through together, since a processor
-# multiplies one large matrix much faster than many small ones.
+# multiplies one large matrix faster than many small ones, up to the size that keeps it busy.
 #
 # Where do the stretches begin? Anywhere, by chance. But chance that can be repeated: a *seed* is a number
 # from which a generator of random numbers starts, and the same seed gives the same numbers forever. Step s
 # of a run takes all of its chance from the run's seed and s, and from nothing that happened before. That is
-# why a run of this file can be repeated to the last bit, and why one that was interrupted goes on as if it
-# never had been: there is no state of the dice to save.
+# why a run of this file can be repeated to the last bit (on the same machine and PyTorch), and why one that
+# was interrupted goes on as if it never had been: there is no state of the dice to save.
 
 
 def seed_of(seed, step):
@@ -508,11 +520,11 @@ def get_batch(tokens, batch_size, block_size, seed, step):
 
 
 # %% 7. Training
-# The model starts knowing nothing. Each step of training takes one batch and asks: which small change of
-# each parameter would have made the loss smaller? The answer is the *gradient*, one number for each
-# parameter, which PyTorch works out backwards from the loss through everything that led to it
-# (`loss.backward()`). The optimizer then moves every parameter a little against its gradient. That is all;
-# the rest of this section is how far to move.
+# The model starts knowing nothing. Each step of training takes one batch and asks of each parameter: if it
+# were a little larger, how much would the loss rise or fall? These numbers are the *gradient*, and PyTorch
+# works them out backwards from the loss through everything that led to it (`loss.backward()`). The
+# *optimizer* then moves each parameter a little the other way. That is all; the rest of this section is how
+# far to move.
 #
 # *The learning rate* is how far. Too small wastes time, too large throws away what was learned; the right
 # value is large at first and small at the end. *Warm-up*: the first steps rise from almost 0, since the
@@ -545,7 +557,7 @@ def learning_rate(step, config):
 #
 # *Weight decay* shrinks each weight a little in every step, by the learning rate times `weight_decay`. What
 # the data does not keep asking for fades, which keeps weights small and the model from learning the text by
-# heart. Only the matrices decay: a bias or a scale of layer normalization has nothing to spare.
+# heart. Only the matrices decay: biases and scales are few, and not where a text is learned by heart.
 
 
 def make_optimizer(model, config):
@@ -581,8 +593,8 @@ def number_format(dtype, device):
 
 # *Several processes* (`torchrun`) can share one run: each has the whole model and its share of every batch,
 # and their gradients are averaged before each step, so that together they do what one would do with the
-# whole batch. This is *data parallelism*. With one process, as on a laptop, the two functions below return
-# (0, 1) and their input.
+# whole batch. This is *data parallelism*. With one process, as on a laptop, the first function below
+# returns (0, 1), and the second the number it was given.
 
 
 def place_among_processes():
@@ -601,9 +613,10 @@ def sum_over_processes(number, device):
 
 
 # *The held-out loss* is the one number to judge by, so we do not estimate it from a few batches: we cut the
-# whole held-out text into windows and take the mean over every character. While it falls together with the
-# training loss, the model is learning the language; when the training loss goes on falling and this one
-# turns and rises, it is learning the text by heart: *overfitting*.
+# whole held-out text into windows and take the mean over every character. (The first characters of a window
+# have little to look back on, so the number is a little higher than what the model can do.) While it falls
+# together with the training loss, the model is learning the language; when the training loss goes on
+# falling and this one turns and rises, it is learning the text by heart: *overfitting*.
 
 
 @torch.inference_mode()  # no gradients are wanted here, so nothing is kept for them
@@ -629,16 +642,17 @@ def evaluate(model, tokens):
 
 
 # *Gradient clipping* (Pascanu et al., 2013): now and then a batch is so odd that its gradient, all its
-# numbers taken as one long vector, is many times longer than usual; shortening it to length 1 keeps one bad
+# numbers taken as one long arrow, is many times longer than usual; shortening it to length 1 keeps one bad
 # step from undoing many.
 #
-# These settings together are the *recipe*, and the recipe is what makes this file fast. Its largest part is
-# the cheapest: small batches. Large ones are for machines that would idle otherwise. A CPU is as busy with
-# four stretches a step as with forty, and with the same amount of text, more and smaller steps learn far
-# more: after 770,000 characters in batches of 24 x 64 the loss was 1.87, of 12 x 64 1.85, of 8 x 64 1.83,
-# of 4 x 64 1.81 (one seed, on a slice of the training text, each with a suitable learning rate). Then come
-# initial weights and a learning rate that suit the width, and the decay to zero. The README adds one change
-# at a time to the usual recipe, each with its gain and a command that shows it.
+# These settings together are the *recipe*, and the recipe is what makes this file fast. (The usual one:
+# weights at 0.02, batches of 12 x 64, a rate of 1e-3 that ends at a tenth, decay 0.1.) Its largest part is
+# the cheapest: small batches. Four stretches already keep a CPU busy; more only make each step slower. With
+# the same amount of text, more and smaller steps learn more: after 770,000 characters in batches of 24 x 64
+# the loss was 1.87, of 12 x 64 1.85, of 8 x 64 1.83, of 4 x 64 1.81 (one seed, on a slice of the training
+# text, each with a suitable learning rate). Then come initial weights and a learning rate that suit the
+# width, and the decay to zero. The README adds one change at a time to the usual recipe, each with its gain
+# and a command that shows it.
 
 
 @dataclass
@@ -681,9 +695,9 @@ def train(model, training, held_out, state=None):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        torch.manual_seed(seed_of(config.seed, step) + rank)  # for dropout, as in get_batch
+        torch.manual_seed(seed_of(config.seed, step * processes + rank))  # for dropout, as in get_batch
         batch = get_batch(training, config.batch_size, config.block_size, config.seed, step)
-        inputs, targets = (half.chunk(processes)[rank] for half in batch)  # (B, T) each: this process's share
+        inputs, targets = (part.chunk(processes)[rank] for part in batch)  # (B, T) each: this process's share
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = network(inputs).float().flatten(0, 1)  # (B, T) -> (B * T, V)
             loss = F.cross_entropy(logits, targets.flatten())  # (B * T, V) and (B * T,) -> one number
@@ -700,16 +714,16 @@ def train(model, training, held_out, state=None):
         look = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
         held_out_loss = evaluate(model, held_out) if look else None
         if not math.isfinite(mean_loss + (held_out_loss or 0)):
-            raise FloatingPointError(f"the loss is nan at step {step + 1}: lower --lr, which is {config.lr}")
+            raise FloatingPointError(f"the loss is no number at step {step + 1}: lower --lr, now {config.lr}")
         yield Report(step + 1, mean_loss, held_out_loss, seconds, functools.partial(state_after, step + 1))
 
 
 # %% 8. Writing
 # To write, the model guesses, we choose one character by its probabilities, add it to the text, and ask
-# again. How to choose is our affair. *Temperature* divides the logits before softmax: below 1 the likely
-# becomes likelier (careful, repetitive), above 1 all becomes more even (bold, then nonsense), and at 0 only
-# the likeliest is left. *Top-k* strikes out all but the k likeliest, since a thousand small follies add up
-# to a real chance of one.
+# again. There are several ways to choose. *Temperature* divides the logits before softmax: below 1 the
+# likely becomes likelier (careful, repetitive), above 1 all becomes more even (bold, then nonsense), and at
+# 0 only the likeliest is left. *Top-k* strikes out all but the k likeliest, since each unlikely one is
+# rare, but together they are not.
 
 
 def probabilities(logits, temperature=1.0, top_k=0):
@@ -758,6 +772,7 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
     require(length >= 1, f"--length must be at least 1, not {length}")
     require(0 <= temperature < math.inf, f"--temperature must be a number from 0 up, not {temperature}")
     require(0 <= top_k <= config.vocab_size, f"--top-k must be from 0 to {config.vocab_size}, not {top_k}")
+    require(0 <= seed < 2**32, f"--seed must be from 0 to {2**32 - 1}, not {seed}")
     known = tokenizer.token_of.keys()
     text = tokenizer.encode(prompt or ("\n\n" if "\n" in known else tokenizer.characters[0])).tolist()
 
@@ -789,21 +804,21 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # That is all there is to it: whoever has come this far has seen every part of a language model. What
 # separates it from those in the news is, first of all, scale, and that can be reckoned: each parameter
 # costs a multiplication and an addition for each character on the way forward, and twice that on the way
-# back, 6 operations in all. The whole training of `medium`, at what a laptop's CPU does in a second,
-# Colab's T4, and an H100 (a third of what the last two could do at best, 65 and 990 million million):
+# back, 6 operations in all. The whole training of `medium` at 100 billion operations a second (a laptop's
+# CPU), at 22 and at 330 million million (a third of what Colab's T4 and an H100 could do at best). GPUs
+# fall well short of this with small models, since starting an operation then takes longer than doing it:
 #
 # >>> operations = 6 * 10.8e6 * (16 * 256) * 6000  # parameters, characters a step, steps
 # >>> [f"{operations / each_second / 60:,.1f} minutes" for each_second in (100e9, 22e12, 330e12)]
 # ['265.4 minutes', '1.2 minutes', '0.1 minutes']
 #
-# GPT-2 itself is this file with pieces of words for characters, 124 million parameters and 40 gigabytes of
-# text (Radford et al., 2019). Today's models keep its plan and change the parts: positions turned into
-# queries and keys (rotary, Su et al., 2021) where we add a table; normalization by size alone (RMSNorm,
-# Zhang and Sennrich, 2019); an MLP with a gate that lets through or holds back (SwiGLU, Shazeer, 2020);
-# several query heads that share one key and value, for a smaller cache (grouped heads, Ainslie et al.,
-# 2023). Then comes *post-training*: the finished model goes on learning from conversations and from
-# people's preferences (Ouyang et al., 2022), which turns a continuer of texts into an assistant. The loop
-# is the one of section 7.
+# GPT-2 itself (Radford et al., 2019) is this file with pieces of words for characters, 124 million to 1.5
+# billion parameters, and 40 gigabytes of text. Today's models keep its plan and change the parts: positions
+# turned into queries and keys (rotary, Su et al., 2021) where we add a table; normalization by size alone
+# (RMSNorm, Zhang and Sennrich, 2019); an MLP with a gate that lets through or holds back (SwiGLU, Shazeer,
+# 2020); several query heads that share one key and value, for a smaller cache (grouped heads, Ainslie et
+# al., 2023). Then comes *post-training*: the finished model goes on learning from conversations and from
+# people's preferences (Ouyang et al., 2022), which turns a continuer of texts into an assistant.
 
 
 # %% 9. Around the lesson
@@ -828,7 +843,7 @@ def write_whole(path, content):
 
     The bytes go to a file beside it, are flushed to the disk, and only then take its name. Raises OSError.
     """
-    beside = Path(f"{path}.part")
+    beside = Path(f"{path}{os.environ.get('RANK', '')}.part")
     try:
         with open(beside, "wb") as file:
             file.write(content)
@@ -965,7 +980,8 @@ def draw(path, history, marks):
     piece = max(1, len(losses) // 200)  # means over short stretches: single batches jump about
     means = losses[: len(losses) // piece * piece].view(-1, piece).mean(1)
     axes.plot([piece * (i + 1) for i in range(len(means))], means.tolist(), label="training")
-    axes.plot(*zip(*history["held_out"]), marker="o", label="held out") if history["held_out"] else None
+    if history["held_out"]:
+        axes.plot(*zip(*history["held_out"]), marker="o", label="held out")
     for (name, loss), style in zip(marks.items(), (":", "-.", "--")):
         axes.axhline(loss, color="gray", linestyle=style, label=f"{name}: {loss:.2f}")
     axes.legend()
@@ -1032,7 +1048,7 @@ def refuse(names, why):
 def settings_for(given, unfinished):
     """The flags -> the config of the run, and the checkpoint that it starts from (None: from nothing)."""
     chosen = {row.name: given[row.name] for row in fields(Config) if row.name in given}
-    if "resume" in given:  # nothing may change but what leaves the mathematics as it is
+    if "resume" in given:  # only what can sensibly change; more --steps stretch the learning rate's curve
         harmless = {"resume", "out", "steps", "device", "data", "plot"} | WRITING
         refuse(given.keys() - harmless, "--resume: the run keeps the settings that it began with")
         start = read_checkpoint(unfinished, "there is no run to resume")
@@ -1083,8 +1099,8 @@ def run(given, how):
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
     same = not resuming or resuming["text"] == fingerprint
     require(same, f"{path} is not the text that the run in {unfinished} began with")
-    unseen = Counter(filter(lambda c: c not in tokenizer.token_of, text)) if start else {}
-    counts = ", ".join(f"{c!r} ({n} times)" for c, n in Counter(unseen).most_common(20))
+    unseen = Counter(c for c in text if c not in tokenizer.token_of) if start else Counter()
+    counts = ", ".join(f"{c!r} ({n} times)" for c, n in unseen.most_common(20))
     require(not unseen, f"{path} has {len(unseen)} characters that the trained model never saw: {counts}")
     written = (out.resolve(), unfinished.resolve())
     require(path.resolve() not in written, f"--out {out} would overwrite the text")
@@ -1137,7 +1153,7 @@ def run(given, how):
                     f"It is a run that stopped at step {done} of {steps}. To go on with that one instead,",
                     end=" ",
                 )
-                say(f"press Ctrl-C, rename {unfinished}.old back and use --resume.")
+                say("press Ctrl-C, rename what is called .old back and use --resume.")
         save_state({"step": 0, "optimizer": make_optimizer(model, config).state_dict(), "scaler": {}})
 
     # Ctrl-C, or SIGTERM from the system, must not fall into the middle of a step. It is only noted; when the
@@ -1161,13 +1177,14 @@ def run(given, how):
             training_loss, pace = sum(recent) / len(recent), report.seconds / (report.step - begun)
             left = round(pace * (config.steps - report.step))
             line = f"step {report.step:,} of {config.steps:,}  training loss {training_loss:.3f}"
-            line += f"  held-out loss {report.held_out:.4f}" if report.held_out else ""
+            line += f"  held-out loss {report.held_out:.4f}" if report.held_out is not None else ""
             line += f"  {B * T / pace:,.0f} characters a second  {left // 60}:{left % 60:02} left"
             passed = [name for name, loss in ahead if len(recent) == 20 and training_loss < loss]
             ahead, line = ahead[len(passed) :], line + "".join(f"  (better than {name})" for name in passed)
-            if live or passed or report.held_out:  # on a terminal, one line is written over and over
-                say("\r" * live + line.ljust(90 * live), end="\n" if passed or report.held_out else "")
-            if report.held_out and first:
+            look = report.held_out is not None
+            if live or passed or look:  # on a terminal, one line is written over and over
+                say("\r" * live + line.ljust(90 * live), end="\n" if passed or look else "")
+            if look and first:
                 history["held_out"].append([report.step, report.held_out])
                 if report.held_out < best:  # saved before the state: a kill in between loses nothing
                     best = report.held_out
@@ -1177,7 +1194,7 @@ def run(given, how):
                 if "plot" in given:
                     draw(given["plot"], history, marks)
             stopped = sum_over_processes(float(len(caught)), device)  # when one process stops, all do
-            if report.held_out or stopped:
+            if look or stopped:
                 save_state(report.state())
             if stopped and report.step < config.steps:
                 command = "python gpt.py --resume" + (f" --out {out}" if "out" in given else "")
@@ -1234,12 +1251,12 @@ def main(argv=None):
         status, trouble = 2, error
     except (FloatingPointError, RuntimeError, MemoryError) as error:
         status, trouble = 1, error
-        reason, together = (str(error).splitlines() or [""])[0], place_among_processes()[1] > 1
+        reason, together = (str(error).splitlines() or [""])[0][:150], place_among_processes()[1] > 1
         if isinstance(error, MemoryError) or "memory" in reason:
             trouble = "out of memory: lower --batch-size, --block-size or --n-embd, or take a smaller --size"
         elif isinstance(error, RuntimeError) and together:
             trouble = f"another process of this run has ended ({reason}); start all again with --resume"
-        elif isinstance(error, RuntimeError) and "compile" in given:
+        elif isinstance(error, RuntimeError) and given.get("compile"):
             trouble = f"torch.compile found no working compiler ({reason}); leave --compile out"
         elif isinstance(error, RuntimeError):
             raise
