@@ -93,7 +93,7 @@ def test_every_tensor_of_every_size_has_the_shape_that_the_lesson_says(size, mil
 
 
 def test_the_loss_decreases_from_an_even_guess_to_below_counting_letter_pairs():
-    model = gpt.GPT(gpt.Config(steps=300, eval_every=300))
+    model = gpt.GPT(gpt.Config(steps=200, eval_every=200))
     marks = gpt.yardsticks(TRAINING, HELD_OUT, 65)
     losses = [(report.loss, report.held_out) for report in gpt.train(model, TRAINING, HELD_OUT)]
     assert abs(losses[0][0] - marks["guessing evenly"]) < 0.8  # an untrained model knows next to nothing
