@@ -47,6 +47,7 @@ import io
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -1170,7 +1171,8 @@ def run(given, how):
     handlers = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
     # The run itself: `train` does the mathematics; after each step we look at its report and tell the news.
     best = min((loss for _, loss in history["held_out"]), default=math.inf)
-    begun, live = len(history["training"]), sys.stdout.isatty()
+    begun, live, width = len(history["training"]), sys.stdout.isatty(), shutil.get_terminal_size().columns - 1
+    start_of_line = "\r" if live else ""
     ahead = [] if begun else sorted(marks.items(), key=lambda mark: -mark[1])  # yardsticks not yet passed
     try:
         for report in train(model, tokens[:cut], tokens[cut:], resuming):
@@ -1184,8 +1186,10 @@ def run(given, how):
             passed = [name for name, loss in ahead if len(recent) == 20 and training_loss < loss]
             ahead, line = ahead[len(passed) :], line + "".join(f"  (better than {name})" for name in passed)
             look = report.held_out is not None
-            if live or passed or look:  # on a terminal, one line is written over and over
-                say("\r" * live + line.ljust(90 * live), end="\n" if passed or look else "")
+            if passed or look:
+                say(start_of_line + line)
+            elif live:  # on a terminal one line is written over and over, and must not be wider than it
+                say(start_of_line + line[:width].ljust(width), end="")
             if look and first:
                 history["held_out"].append([report.step, report.held_out])
                 if report.held_out < best:  # saved before the state: a kill in between loses nothing
