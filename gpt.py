@@ -1217,9 +1217,11 @@ def run(given, how):
         write(how["prompt"], generate(model, tokenizer, **how))
         say("")
         if NOTEBOOK and "plot" in given:
-            from IPython.display import display
+            from IPython.display import Image, display
 
-            display(draw(given["plot"], history, marks))
+            picture = io.BytesIO()
+            draw(given["plot"], history, marks).savefig(picture, format="png")
+            display(Image(picture.getvalue()))
     return 0
 
 
