@@ -646,7 +646,7 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_a_run_killed_at_any_moment_and_resumed_ends_the_same(in_folder, uninterrupted):
     dice, flags, kills = random.Random(1), RUN, 0
-    for _ in range(3):
+    for _ in range(2):
         run = python(HERE / "gpt.py", *flags, folder=in_folder)
         for line in run.stdout:  # wait until it trains, then a moment more
             if line.startswith("step"):
@@ -657,7 +657,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_the_same(in_folder, uninter
         run.communicate()
         flags = ["--resume"]
     out, err = python(HERE / "gpt.py", "--resume", "--length", "40", folder=in_folder).communicate()
-    assert kills >= 2 and err == ""
+    assert kills >= 1 and err == ""
     assert (outcome(in_folder), out.split("It writes:")[1]) == uninterrupted
 
 
