@@ -312,9 +312,12 @@ class Linear(nn.Linear):
     (section 8), splitting the matrix in two halves happens to be several times faster.
     """
 
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.large = in_features * out_features > 2**17 and out_features % 2 == 0
+
     def forward(self, x):
-        large = self.weight.numel() > 2**17 and self.out_features % 2 == 0 and x.is_cpu
-        if x.numel() != self.in_features or not large:
+        if not self.large or x.numel() != self.in_features or not x.is_cpu:
             return F.linear(x, self.weight, self.bias)
         halves = self.weight.view(2, -1, self.in_features)  # (2, out_features / 2, in_features)
         y = halves @ x.view(1, 1, -1).mT.expand(2, -1, 1)  # (2, out_features / 2, 1)
@@ -334,10 +337,10 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, n_head, head_size)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_size)
-        q, k, v = qkv  # three times (B, n_head, T, head_size)
+        q, k, v = qkv.unbind()  # three times (B, n_head, T, head_size)
         if cache is not None:  # only when writing; section 8 explains it
             cache[:, :, :, start : start + T] = qkv[1:]  # (2, B, n_head, T, head_size)
-            k, v = cache[:, :, :, : start + T]  # (B, n_head, start + T, head_size) each
+            k, v = cache[:, :, :, : start + T].unbind()  # (B, n_head, start + T, head_size) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # ahead of a single query is nothing
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, head_size) -> (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
@@ -1077,10 +1080,10 @@ def settings_for(given, unfinished):
 
 
 def write(prompt, characters):
-    """Print the prompt and the characters as they are made, on a terminal each at once."""
+    """Print the prompt and the characters as they are made: on a terminal each at once, else line by line."""
     print(prompt, end="")
     for character in characters:
-        print(character, end="", flush=sys.stdout.isatty())
+        print(character, end="", flush=character == "\n" or sys.stdout.isatty())
     print(end="\n" if sys.stdout.isatty() or NOTEBOOK else "", flush=True)
 
 

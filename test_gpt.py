@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import io
 import math
+import multiprocessing.forkserver
 import os
 import pickle
 import random
@@ -20,6 +21,8 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 import torch
 from torch import nn
@@ -33,6 +36,7 @@ TOKENIZER = gpt.CharTokenizer.from_text(TEXT)
 TOKENS = TOKENIZER.encode(TEXT)
 CUT = len(TOKENS) * 9 // 10
 TRAINING, HELD_OUT = TOKENS[:CUT], TOKENS[CUT:]
+TEXT_SHA256 = "7fc14190e10d28e26533f84528bd13188edf2ed16180a17e4e83638bd5254a7c"  # of input.txt's bytes
 SHORT = HELD_OUT[:2000]  # a held-out text for tests that don't measure anything
 
 # A model of a thousand parameters or two: for promises that do not depend on size, it is quick.
@@ -93,7 +97,7 @@ def test_every_tensor_of_every_size_has_the_shape_that_the_lesson_says(size, mil
 
 
 def test_the_loss_decreases_from_an_even_guess_to_below_counting_letter_pairs():
-    model = gpt.GPT(gpt.Config(steps=200, eval_every=200))
+    model = gpt.GPT(gpt.Config(block_size=64, steps=150, eval_every=150))
     marks = gpt.yardsticks(TRAINING, HELD_OUT, 65)
     losses = [(report.loss, report.held_out) for report in gpt.train(model, TRAINING, HELD_OUT)]
     assert abs(losses[0][0] - marks["guessing evenly"]) < 0.8  # an untrained model knows next to nothing
@@ -152,10 +156,7 @@ def test_text_becomes_numbers_and_comes_back_unchanged():
 
 def test_the_shipped_text_is_the_one_that_the_numbers_are_about():
     content = (HERE / "input.txt").read_bytes()
-    assert (
-        hashlib.sha256(content).hexdigest()
-        == "7fc14190e10d28e26533f84528bd13188edf2ed16180a17e4e83638bd5254a7c"
-    )
+    assert hashlib.sha256(content).hexdigest() == TEXT_SHA256
     assert gpt.count_pairs(TOKENS, 65).count_nonzero() == len(set(zip(TEXT, TEXT[1:]))) == 1535
 
 
@@ -533,7 +534,16 @@ def test_any_text_just_works(tmp_path):
         assert gpt.read_text(tmp_path / "text") == text
 
 
-def test_a_missing_text_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture
+def web_server():
+    """The address of a server that answers with our text."""
+
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -543,24 +553,27 @@ def test_a_missing_text_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch, ca
         def log_message(self, *args):
             pass
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_a_missing_text_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch, capsys, web_server):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpt, "__file__", str(tmp_path / "elsewhere" / "gpt.py"))
-    monkeypatch.setattr(gpt, "TEXT_URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setattr(gpt, "TEXT_URL", web_server)
     assert gpt.main(["--steps", "1"]) == 2  # the wrong sum: this is not Tiny Shakespeare
-    assert os.listdir(tmp_path) == []
-    monkeypatch.setattr(gpt, "TEXT_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+    assert "not Tiny Shakespeare" in capsys.readouterr().err and os.listdir(tmp_path) == []
+    monkeypatch.setattr(gpt, "TEXT_SHA256", TEXT_SHA256)
     assert gpt.find_text(None).read_text(encoding="utf-8") == TEXT
     assert "fetching" in capsys.readouterr().out
-    server.shutdown()
-    server.server_close()
     (tmp_path / "input.txt").unlink()
+    monkeypatch.setattr(gpt, "TEXT_URL", f"http://127.0.0.1:{free_port()}/")  # nobody answers there
     assert gpt.main([]) == 2 and "--data" in capsys.readouterr().err and os.listdir(tmp_path) == []
 
 
 def test_the_picture_shows_three_yardsticks(tmp_path):
-    pytest.importorskip("matplotlib")
     history = {"training": [4.0, 3.0, 2.0], "held_out": [[3, 2.5]]}
     figure = gpt.draw(tmp_path / "loss.png", history, {"guessing evenly": 4.17, "letters": 3.4, "pairs": 2.5})
     assert len(figure.axes[0].lines) == 5 and (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -573,6 +586,54 @@ def python(*arguments, folder, **how):
     """Start `python` on these arguments in a folder, as a user would."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, **{**pipes, **how})
+
+
+def enter(folder, argv, environment):
+    """What a process started by `program` does."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    if "RANK" in environment:  # two at a time must not get in each other's way
+        torch.set_num_threads(1)
+    sys.stdout, sys.stderr = (open(f"{folder}.{name}", "w") for name in ("out", "err"))  # pipes, see below
+    sys.exit(gpt.main(argv))
+
+
+@functools.cache
+def forkserver():
+    """A process that has imported PyTorch and this file already, and from which others are forked at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+class program:
+    """gpt.py started in a process of its own, which can be watched and killed."""
+
+    def __init__(self, *argv, folder, **environment):
+        for name in ("out", "err"):
+            os.mkfifo(f"{folder}.{name}")
+        self.process = forkserver().Process(target=enter, args=(str(folder), list(argv), environment))
+        self.process.start()
+        self.out, self.err = (open(f"{folder}.{name}", encoding="utf-8") for name in ("out", "err"))
+        for name in ("out", "err"):
+            os.remove(f"{folder}.{name}")
+
+    def wait_for(self, word):
+        """Read on until a line has this word."""
+        while word not in self.out.readline():
+            assert self.process.is_alive(), self.err.read()
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def end(self):
+        """Wait until it ends -> exit status (-9 if it was killed), and what is left of output and errors."""
+        out, err = "" if self.out.closed else self.out.read(), self.err.read()
+        self.process.join()
+        return self.process.exitcode, out, err
 
 
 @pytest.fixture
@@ -589,19 +650,6 @@ def test_the_command_line_trains_and_writes(tmp_path):
     assert run.returncode == 0 and err == ""  # no warning either
     assert "1,266,726 characters, 65 different" in out and "1,535 of the 4,225" in out
     assert out.count("held-out loss") == 3 and sorted(os.listdir(tmp_path)) == ["gpt.pt", "gpt.resume.pt"]
-    run = python(
-        HERE / "gpt.py",
-        "--generate",
-        "--prompt",
-        "-",
-        "--length",
-        "30",
-        folder=tmp_path,
-        stdin=subprocess.PIPE,
-    )
-    out, err = run.communicate("HAMLET:\n")
-    assert out.startswith("HAMLET:\n") and len(out) == 8 + 30 and run.returncode == 0
-    assert "16 characters" not in err
 
 
 def test_the_best_model_is_kept_and_not_the_last(in_folder, monkeypatch):
@@ -623,7 +671,7 @@ def test_an_older_model_is_kept(in_folder, capsys):
     assert "gpt.pt.old" in capsys.readouterr().out
 
 
-RUN = [*SMALL_FLAGS, "--steps", "400", "--eval-every", "20", "--dropout", "0.1"]
+RUN = [*SMALL_FLAGS, "--steps", "300", "--eval-every", "60", "--dropout", "0.1"]
 
 
 def outcome(folder):
@@ -646,31 +694,27 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_a_run_killed_at_any_moment_and_resumed_ends_the_same(in_folder, uninterrupted):
     dice, flags, kills = random.Random(1), RUN, 0
-    for _ in range(2):
-        run = python(HERE / "gpt.py", *flags, folder=in_folder)
-        for line in run.stdout:  # wait until it trains, then a moment more
-            if line.startswith("step"):
-                break
+    for _ in range(3):
+        run = program(*flags, folder=in_folder)
+        run.wait_for("step")
         time.sleep(dice.uniform(0, 0.4))
-        run.send_signal(signal.SIGKILL)
-        kills += run.wait() == -signal.SIGKILL
-        run.communicate()
+        run.signal(signal.SIGKILL)
+        kills += run.end()[0] == -signal.SIGKILL
         flags = ["--resume"]
-    out, err = python(HERE / "gpt.py", "--resume", "--length", "40", folder=in_folder).communicate()
-    assert kills >= 1 and err == ""
+    status, out, err = program("--resume", "--length", "40", folder=in_folder).end()
+    assert kills >= 1 and (status, err) == (0, "")
     assert (outcome(in_folder), out.split("It writes:")[1]) == uninterrupted
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(in_folder, uninterrupted, number, status):
-    run = python(HERE / "gpt.py", *RUN, folder=in_folder)
-    while "step" not in run.stdout.readline():
-        pass
-    run.send_signal(number)
-    out, err = run.communicate()
-    assert run.returncode == status and "python gpt.py --resume" in out and err == ""
-    assert 0 < torch.load("gpt.resume.pt", weights_only=True)["step"] < 400
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(in_folder, uninterrupted, number, code):
+    run = program(*RUN, folder=in_folder)
+    run.wait_for("step")
+    run.signal(number)
+    status, out, err = run.end()
+    assert status == code and "python gpt.py --resume" in out and err == ""
+    assert 0 < torch.load("gpt.resume.pt", weights_only=True)["step"] < 300
     assert gpt.main(["--resume", "--length", "40"]) is None
     assert outcome(in_folder) == uninterrupted[0]
 
@@ -691,7 +735,7 @@ def test_starting_anew_says_that_an_unfinished_run_was_there(in_folder, capsys, 
     assert "step 3 of 9" in capsys.readouterr().out and Path("gpt.resume.pt.old").exists()
 
 
-def test_only_text_goes_to_standard_output_when_writing(in_folder, capsys):
+def test_only_text_goes_to_standard_output_when_writing(in_folder, capsys, monkeypatch):
     gpt.main([*SMALL_FLAGS, "--steps", "2"])
     capsys.readouterr()
     gpt.main(["--generate", "--length", "50", "--prompt", TEXT[:30]])
@@ -701,15 +745,19 @@ def test_only_text_goes_to_standard_output_when_writing(in_folder, capsys):
     first = capsys.readouterr().out
     gpt.main(["--generate", "--length", "50", "--seed", "5"])
     assert capsys.readouterr().out == first and len(first) == 50
+    monkeypatch.setattr(sys, "stdin", io.StringIO("HAMLET:\n"))
+    gpt.main(["--generate", "--length", "50", "--prompt", "-"])
+    out, err = capsys.readouterr()
+    assert out.startswith("HAMLET:\n") and len(out) == 58 and err == ""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
 def test_a_closed_pipe_ends_it_quietly(in_folder):
     gpt.main([*SMALL_FLAGS, "--steps", "2"])
-    run = python(HERE / "gpt.py", "--generate", "--length", "200000", folder=in_folder)
-    run.stdout.read(10)
-    run.stdout.close()
-    assert run.wait(60) == 0 and run.stderr.read() == ""
+    run = program("--generate", "--length", "200000", folder=in_folder)
+    run.out.read(10)
+    run.out.close()
+    assert run.end() == (0, "", "")
 
 
 def test_fine_tuning_starts_from_the_trained_model(in_folder):
@@ -831,17 +879,18 @@ def test_importing_the_file_does_nothing(tmp_path):
 
 
 def run_notebook(cells, folder):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    """Run the cells in a real kernel -> what each printed."""
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(
-        book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
-    return ["".join(out.get("text", "") for out in cell.outputs) for cell in book.cells], book
+    where = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources=where).execute()
+    return ["".join(out.get("text", "") for out in cell.outputs) for cell in book.cells]
 
 
-def test_the_file_runs_in_one_notebook_cell_and_cell_by_cell(in_folder):
+def test_the_file_runs_in_one_notebook_cell_and_cell_by_cell(tmp_path, web_server):
     source = (HERE / "gpt.py").read_text(encoding="utf-8")
+    # The defaults would take minutes: a smaller model, and the text from a server of our own.
     source = source.replace("argv = [] if NOTEBOOK", f"argv = {SMALL_FLAGS + ['--steps', '4']} if NOTEBOOK")
+    source = source.replace(gpt.TEXT_URL, web_server).replace(gpt.TEXT_SHA256, TEXT_SHA256)
     markers = re.split(r"(?m)^(?=# %%)", source)
     assert len(markers) == 12
     more = [
@@ -849,25 +898,20 @@ def test_the_file_runs_in_one_notebook_cell_and_cell_by_cell(in_folder):
         'main("--steps 0")',
         'main("--steps 2 --n-embd 8")',
     ]
-    told, book = run_notebook([source, *more, *markers], in_folder)
+    told = run_notebook([source, *more, *markers], tmp_path)
+    assert told[0].startswith("There is no input.txt here: fetching Tiny Shakespeare from " + web_server)
     assert "held-out loss" in told[0] and told[1] == "7\n" and "held-out loss" in told[-1]
     assert told[2].startswith("gpt.py: --steps must be") and "held-out" in told[3]
     assert not any("SystemExit" in text or "Warning" in text for text in told)
-
-
-def torchrun(folder, *flags, processes=2):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
-    return python(*command, HERE / "gpt.py", "--device", "cpu", *flags, folder=folder, env=quiet)
+    assert (tmp_path / "input.txt").read_text(encoding="utf-8") == TEXT
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torchrun's way of finding itself differs")
 def test_two_processes_do_what_one_does(in_folder):
     flags = [*SMALL_FLAGS, "--steps", "50", "--eval-every", "25"]
-    out, err = torchrun(in_folder, *flags, "--out", "two.pt").communicate()
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    command = [*torchrun, HERE / "gpt.py", "--device", "cpu", *flags, "--out", "two.pt"]
+    out, err = python(*command, folder=in_folder, env=os.environ | {"OMP_NUM_THREADS": "1"}).communicate()
     gpt.main([*flags, "--out", "one.pt"])
     one, two = (torch.load(f"{name}.resume.pt", weights_only=True)["history"] for name in ("one", "two"))
     assert two["training"] == pytest.approx(one["training"], abs=1e-4)
@@ -875,3 +919,24 @@ def test_two_processes_do_what_one_does(in_folder):
         [loss for _, loss in one["held_out"]], abs=1e-4
     )
     assert out.count("It writes:") == 1 and "gpt.py" not in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems need other settings")
+def test_when_one_of_two_processes_dies_the_other_says_so_and_both_can_go_on(tmp_path):
+    def start_two(folder, *flags):
+        folder.mkdir(exist_ok=True)
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        common = ["--device", "cpu", *flags]
+        return [program(*common, folder=folder, RANK=r, LOCAL_RANK=r, **place) for r in ("0", "1")]
+
+    Path(tmp_path / "text").write_text(TEXT[:20_000], encoding="utf-8")
+    run = [*RUN, "--data", str(tmp_path / "text"), "--steps", "150"]
+    undisturbed, disturbed = tmp_path / "a", tmp_path / "b"
+    assert [process.end()[0] for process in start_two(undisturbed, *run)] == [0, 0]
+    first, second = start_two(disturbed, *run)
+    first.wait_for("step")
+    second.signal(signal.SIGKILL)
+    status, out, err = first.end()
+    assert status == 1 and "another process of this run has ended" in err.splitlines()[-1]
+    assert [process.end()[0] for process in start_two(disturbed, "--resume")] == [0, 0]
+    assert outcome(undisturbed) == outcome(disturbed)
