@@ -35,8 +35,8 @@ it, before and after, and the letters always mean the same:
 # %% 0. Settings
 # What can be set about a model and its training is in this one table: the value, the meaning, and the
 # limits within which it makes sense. On a first reading, look at the names and go on; the section named
-# beside each explains it. On the command line the same names are flags (`--n-layer 4`), and in Python they
-# are arguments (`Config(n_layer=4)`).
+# with each group explains it. On the command line the same names are flags (`--n-layer 4`), and in Python
+# they are arguments (`Config(n_layer=4)`).
 
 import argparse
 import builtins
@@ -56,6 +56,7 @@ import urllib.request
 import warnings
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -99,12 +100,14 @@ class Config:
     weight_decay: float = setting(0.3, "pull of the weight matrices towards zero", least=0)
     beta2: float = setting(0.99, "how long AdamW remembers the size of the gradients", least=0, most=0.99999)
     grad_clip: float = setting(1.0, "longest gradient allowed; 0 allows any", least=0)
-    dropout: float = setting(0.0, "share of the numbers that is blanked out in training", least=0, most=0.9)
+    dropout: float = setting(
+        0.0, "share of the numbers blanked out in training (section 2)", least=0, most=0.9
+    )
     # Around the mathematics (section 7).
     eval_every: int = setting(500, "steps between two looks at the held-out text", least=1)
-    seed: int = setting(1337, "where all chance comes from: same seed, same result", least=0, most=2**32 - 1)
+    seed: int = setting(1337, "where all chance comes from (section 6)", least=0, most=2**32 - 1)
     dtype: str = setting("auto", "number format: auto, float32, bfloat16 or float16")
-    compile: bool = setting(False, "let torch.compile translate the model first")
+    compile: bool = setting(False, "let torch.compile turn the model into faster code first")
     # Counted, not chosen: how many different characters the text has (section 1).
     vocab_size: int = setting(65, "different characters", least=1)
 
@@ -127,9 +130,9 @@ class Config:
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
 # Named sizes, for `--size`; each line says how it differs from the table. The wider the model, the smaller
-# its learning rate, about in proportion: what a layer passes on is a sum over its width. Only medium, which
-# sees our text twenty times over, gets dropout; tiny gets worse by it. (gpt2 is meant for a text a hundred
-# times as long.)
+# its learning rate, about in inverse proportion: what a layer puts out is a sum over its width, and many
+# small changes add up. Only medium, which sees our text some twenty times, gets dropout; tiny gets worse by
+# it. (gpt2 is meant for a text a hundred times as long.)
 SIZES = {
     "tiny": dict(),
     "small": dict(n_layer=4, n_embd=256, lr=1e-3, steps=6000),
@@ -141,7 +144,7 @@ SIZES = {
 
 
 # %% 1. Text to numbers
-# A *model* here is one long formula with thousands of adjustable numbers, its *parameters*, and *training*
+# A *model* here is one long formula with a great many adjustable numbers, its *parameters*, and *training*
 # means changing them, little by little, until its guesses are good. A *neural network* is such a formula,
 # put together from simple *layers*, one after another. Formulas compute with numbers, so the text must
 # become numbers. The plainest way: make a list of all characters that occur (the *vocabulary*) and write
@@ -197,9 +200,9 @@ class CharTokenizer:
 
 # What is there to learn? The model's one task will be to guess the next character, over and over, from
 # those before it. It does not name one character but gives each a probability p, and we score it by -ln p
-# of the character that really came. That score is its *loss* (the *cross-entropy*), and its unit is the
-# *nat*: certain and right costs 0, and each nat more means a probability 2.7 times smaller. An even guess
-# among 65 characters costs
+# of the character that really came. That score is its *loss*, the mean of it over a text is the
+# *cross-entropy*, and its unit is the *nat*: certain and right costs 0, and each nat more means a
+# probability 2.7 times smaller. An even guess among 65 characters costs
 #
 # >>> round(-math.log(1 / 65), 2)
 # 4.17
@@ -207,7 +210,8 @@ class CharTokenizer:
 # nats for each character, knowing nothing. Counting alone can do better, and tells how much: score the text
 # with the frequency of each character (spaces and e are cheap, Q is dear), then with the frequency of each
 # pair (after Q comes U). These three numbers are the *yardsticks* by which we see whether the model is
-# learning at all.
+# learning at all: 4.17, 3.37 and 2.53 on our text of 1.3 million characters. The tiny model ends near 1.71,
+# as if it gave the right character a probability of 0.18 each time.
 #
 # One rule matters: never test on what you have trained on, since knowing by heart is not knowing. We count,
 # and later train, on the first nine tenths of the text only; the last tenth is *held out*, for measuring.
@@ -221,10 +225,10 @@ def count_pairs(tokens, vocab_size):
             [1, 1]], dtype=torch.int32)
     """
     counts = torch.zeros(vocab_size * vocab_size, dtype=torch.int32)  # (V * V,)
-    for start in range(0, len(tokens) - 1, 2**20):  # a million at a time, to need little memory for any text
+    for start in range(0, len(tokens) - 1, 2**20):  # a million at a time, to save memory
         piece = tokens[start : start + 2**20 + 1].long()
         pairs = piece[:-1] * vocab_size + piece[1:]  # two tokens as one number
-        counts.scatter_add_(0, pairs, torch.ones_like(pairs, dtype=torch.int32))
+        counts.scatter_add_(0, pairs, torch.ones_like(pairs, dtype=torch.int32))  # counts[pair] += 1
     return counts.view(vocab_size, vocab_size)
 
 
@@ -250,8 +254,9 @@ def yardsticks(training, held_out, vocab_size):
 # To guess the next character the model must look at those before it, and which of them matter depends on
 # the text: after `Q` the last one is enough, inside a name it needs the name's beginning, and whether a
 # line is verse shows only further back. *Attention* (Vaswani et al., "Attention Is All You Need", 2017)
-# lets every position choose for itself where to look. Inside the model each position in the text is a row
-# of numbers, a *vector*; section 5 shows how a character becomes one. From it a layer makes three more:
+# lets every position choose for itself where to look, among the last `block_size` characters: the
+# *context*. Inside the model each position in the text is a row of numbers, a *vector*; section 5 shows how
+# a character becomes one. From it three more are computed:
 #
 #     query  what this position is looking for
 #     key    what this position has to offer those who look
@@ -260,8 +265,9 @@ def yardsticks(training, held_out, vocab_size):
 # A position's query is multiplied with the key of every position, number by number, and summed (the *dot
 # product*): that is its *score* for that position, large where the two fit. *Softmax* turns the scores into
 # shares: e to the power of each, divided by their sum, so that all are positive and add up to 1. The result
-# is the mean of the values, each taken by its share. Dividing the scores by the square root of how many
-# numbers a vector has keeps them from growing with it: softmax would give nearly all to the largest.
+# is the mean of the values, weighted by these shares. One thing more: the more numbers in a vector, the
+# larger the scores, and softmax would give nearly all to the largest, so scores are first divided by the
+# square root of that count.
 #
 # Now the one rule a text imposes: a position may look back, never ahead, or it would read its answer
 # instead of guessing it. The *causal mask* sets the scores of later positions to minus infinity, and
@@ -279,7 +285,8 @@ def attention_by_hand(query, key, value):
     >>> attention_by_hand(query, key, value).flatten()  # 8, (8 + 4) / 2, 8/4 + 4/4 + 0/2
     tensor([8., 6., 3.])
 
-    PyTorch has the same in one call that never writes down the whole table of shares, and so is faster:
+    The model below uses PyTorch's, which does the same in one call and never writes down the whole table
+    of shares, and so is faster:
 
     >>> F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True).flatten()
     tensor([8., 6., 3.])
@@ -302,14 +309,14 @@ def attention_by_hand(query, key, value):
 # *Dropout* (Srivastava et al., 2014) blanks out a random share of the numbers that a layer puts out, in
 # training only, and enlarges the rest to make up for it. No part can then rely on a few others, which
 # hinders learning by heart. It also slows learning, so it pays where a large model sees a small text many
-# times; tiny, which sees ours twice or three times, does without.
+# times; tiny, which sees ours not quite three times, does without.
 
 
 class Linear(nn.Linear):
-    """A linear layer: (..., in_features) -> (..., out_features).
+    """A linear layer: (..., in_features) -> (..., out_features). On a first reading, skip the rest of it.
 
-    It is PyTorch's own, but for one change: when a large matrix meets a single vector on a CPU, as in writing
-    (section 8), splitting the matrix in two halves happens to be several times faster.
+    It computes what PyTorch's own does. Only, when a large matrix meets a single vector on a CPU, as in
+    writing (section 8), splitting the matrix in two halves happens to be several times faster.
     """
 
     def __init__(self, in_features, out_features):
@@ -341,7 +348,7 @@ class Attention(nn.Module):
         if cache is not None:  # only when writing; section 8 explains it
             cache[:, :, :, start : start + T] = qkv[1:]  # (2, B, n_head, T, head_size)
             k, v = cache[:, :, :, : start + T].unbind()  # (B, n_head, start + T, head_size) each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # ahead of a single query is nothing
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # one query alone: nothing to mask
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, head_size) -> (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
 
@@ -350,9 +357,10 @@ class Attention(nn.Module):
 # Attention moves information between positions but only ever averages it. The *MLP* (multi-layer
 # perceptron) is where each position, on its own, thinks about what it has gathered: a linear layer to four
 # times the width, a bend (the *activation function*), a linear layer back. Without the bend two linear
-# layers would be no more than one. GPT-2 bends with *GELU* (Hendrycks and Gimpel, 2016): each number x is
-# multiplied by the probability that a number from the bell curve (mean 0, standard deviation 1) is smaller
-# than x. Large numbers pass, strongly negative ones become 0, and in between it is smooth:
+# layers would be no more than one, since a weighted sum of weighted sums is again a weighted sum. GPT-2
+# bends with *GELU* (Hendrycks and Gimpel, 2016): each number x is multiplied by the probability that a
+# number from the bell curve (mean 0, standard deviation 1) is smaller than x. Large numbers pass, strongly
+# negative ones become 0, and in between it is smooth:
 #
 # >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
 # tensor([-0.0000, -0.1600,  0.0000,  0.8400,  3.0000])
@@ -377,15 +385,15 @@ class MLP(nn.Module):
 # %% 4. The block
 # A block is one round of "look around, then think". Each half does not replace the vectors but adds to
 # them: this is a *residual connection* (He et al., 2015). So the vectors run through the whole model as a
-# stream that each layer reads from and writes to, the *residual stream*; what a layer does not touch passes
-# unchanged, and in training (section 7) the correction reaches the lowest layer as directly as the highest.
+# stream that each half reads from and writes to, the *residual stream*; what is not touched passes
+# unchanged, and in training the gradient (section 7) reaches the lowest block as directly as the highest.
 # Without it, deep models hardly learn. A stack of such blocks is a *transformer*: the T in GPT, "generative
 # pre-trained transformer".
 #
 # *Layer normalization* (Ba et al., 2016) comes before each half: it shifts and scales every vector to mean
 # 0 and standard deviation 1, then applies a learned scale and shift of its own. So each layer gets input of
 # the same size whatever those below have piled up. Putting it before the half rather than after is GPT-2's
-# change to the first transformer, and the reason that such models train without special care.
+# change to the first transformer, and makes deep models much easier to train.
 
 
 class Block(nn.Module):
@@ -405,12 +413,13 @@ class Block(nn.Module):
 
 # %% 5. The model
 # What is still missing are the two ends. Going in, each token becomes a vector: row number `token` of a
-# learned table, its *embedding*. Attention cannot tell the order of what it sees (a weighted mean has
-# none), so a second table has a vector for each position in the context, and the two are added. Without
-# this second table the model would see a bag of letters. Coming out, each vector is compared with all rows
-# of the first table, giving a number for each character, its *logit*: the higher, the likelier; softmax
-# turns them into probabilities. Using one table at both ends is *weight tying* (Press and Wolf, 2017): a
-# character is read and written with the same vector, and learned once.
+# learned table, its *embedding*. Attention by itself ignores order (a weighted mean has none; the mask
+# tells only before from after), so a second table has a vector for each position in the context, and the
+# two are added. Without it, what came before would be little more than a bag of letters. Coming out, the
+# dot product of each vector with each row of the first table gives a number for each character, its
+# *logit*: the higher, the likelier; softmax turns them into probabilities. Using one table at both ends is
+# *weight tying* (Press and Wolf, 2017): a character is read and written with the same vector, and learned
+# once.
 #
 # Count the parameters: the two tables, in each block 12 C² weights and 13 C biases and scales, and a last
 # layer normalization.
@@ -420,22 +429,23 @@ class Block(nn.Module):
 # >>> [f"{count(65, c.block_size, c.n_embd, c.n_layer) / 1e6:.1f} M" for c in configs]
 # ['0.4 M', '3.2 M', '10.8 M', '85.9 M']
 #
-# The *initial weights* must be random, or all columns of a matrix would be changed in the same way and stay
-# alike forever; how large they are matters more than it seems. GPT-2 drew them with a standard deviation of
-# 0.02, good for its widths of 768 to 1,600. A sum of C random terms grows with the root of C, so the one
-# that keeps vectors the same size through a layer is 1 / sqrt(C): 0.088 at width 128, where 0.02 leaves all
-# signals faint and the first hundreds of steps go into making them louder. Layers that write to the
-# residual stream start smaller by sqrt(2 * n_layer), as in GPT-2, so that a deep stack of them does not
-# drown it.
+# The *initial weights* must be random: if all started equal, all columns of a matrix would be changed in
+# the same way and stay alike forever. How large they are (their *standard deviation*, the typical distance
+# from 0) matters more than it seems. GPT-2 drew them at 0.02, good for its widths of 768 to 1,600. But what
+# a layer puts out is a sum of C products, and a sum of C random terms grows with the root of C; weights of
+# 1 / sqrt(C) cancel that, so that what comes out is as large as what went in. That is 0.088 at width 128.
+# With 0.02 every layer answers four times too faintly, and the first hundreds of steps go into making them
+# louder. Layers that write to the residual stream start smaller by a factor of sqrt(2 * n_layer), as in
+# GPT-2, so that a deep stack of them does not drown it.
 #
 # One more thing need not start at random. A model of text must first find out that the characters just
-# before matter most, and as long as positions are noise, that discovery is slow. So each position gets a
-# row of sines and cosines, each pair of them a wave of its own pace; then moving back by d positions turns
-# every wave by a known angle. Take a head's key weights, turn them by that angle, and use the result as its
-# query weights: each query then resembles the key d positions back. Head 1 starts with d = 1, head 2 with d
-# = 2, and so on, so that each leans towards one of the last characters. Training may change all of it. (The
-# first transformer had waves too, never changed by training; today's rotary positions, Su et al., 2021,
-# turn queries and keys in every layer.)
+# before matter most, and while the position table is random, nothing in it says which position comes just
+# before which. So we start it as C/2 clock hands: column i of row p is the sine, and column C/2 + i the
+# cosine, of p times the pace of hand i. One position back is then the same turn of every hand, wherever one
+# is. A head's query weights start as its key weights with every hand turned back by d positions: as far as
+# positions go, the query at p then equals the key at p - d, and the score is highest there. Head 1 starts
+# with d = 1, head 2 with d = 2, and so on; training may change all of it. (The first transformer had such
+# waves too, never changed by training.)
 
 
 class GPT(nn.Module):
@@ -469,7 +479,7 @@ class GPT(nn.Module):
         """Positions start as waves, and the queries of head d as the keys d positions back."""
         C, n_head = self.config.n_embd, self.config.n_head
         half = C // 2
-        pace = math.pi * (torch.arange(half) + 0.5) / half  # (C/2,) each wave's turn from a place to the next
+        pace = math.pi * (torch.arange(half) + 0.5) / half  # (C/2,) each hand's turn per position
         angle = torch.arange(self.config.block_size)[:, None] * pace  # (T, C/2)
         waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (T, C), their mean square is 1/2
         self.wpe.weight[:, : 2 * half] = waves * std * math.sqrt(2)
@@ -491,20 +501,21 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[layer], start)  # (B, T, C)
-        return F.linear(self.ln_f(x), self.wte.weight)  # (B, T, C) -> (B, T, V)
+        return F.linear(self.ln_f(x), self.wte.weight)  # dot products: (B, T, C) -> (B, T, V)
 
 
 # %% 6. Batches
 # Training shows the model stretches of text with the question "what comes next?" at every position at once:
 # a stretch of T characters asks T questions, and the mask keeps each from seeing its answer. The targets
 # are the inputs moved on by one. A *batch* of B stretches is worked through together, since a processor
-# multiplies one large matrix faster than many small ones, up to the size that keeps it busy.
+# multiplies one large matrix faster than many small ones, up to the size that keeps it busy. Larger ones
+# than that are wasteful: for the same amount of text they leave fewer steps to learn in.
 #
 # Where do the stretches begin? Anywhere, by chance. But chance that can be repeated: a *seed* is a number
 # from which a generator of random numbers starts, and the same seed gives the same numbers forever. Step s
-# of a run takes all of its chance from the run's seed and s, and from nothing that happened before. That is
-# why a run of this file can be repeated to the last bit (on the same machine and PyTorch), and why one that
-# was interrupted goes on as if it never had been: there is no state of the dice to save.
+# of a run draws all its randomness from the run's seed and s, and from nothing that happened before. That
+# is why a run of this file can be repeated to the last bit (on the same machine and PyTorch), and why one
+# that was interrupted goes on as if it never had been: there are no dice to save.
 
 
 def seed_of(seed, step):
@@ -513,7 +524,7 @@ def seed_of(seed, step):
 
 
 def get_batch(tokens, batch_size, block_size, seed, step):
-    """The batch of this step: inputs and targets, (B, T) each, on the device of `tokens` (N,).
+    """The batch of this step: inputs and targets, (B, T) each, on the device (CPU or GPU) of `tokens` (N,).
 
     >>> inputs, targets = get_batch(torch.arange(100), batch_size=2, block_size=4, seed=1, step=0)
     >>> torch.equal(targets, inputs + 1)  # this text is 0, 1, 2, ..., so what comes next is one more
@@ -532,12 +543,13 @@ def get_batch(tokens, batch_size, block_size, seed, step):
 # *optimizer* then moves each parameter a little the other way. That is all; the rest of this section is how
 # far to move.
 #
-# *The learning rate* is how far. Too small wastes time, too large throws away what was learned; the right
-# value is large at first and small at the end. *Warm-up*: the first steps rise from almost 0, since the
-# first gradients point wildly and the optimizer knows nothing of their size yet. *Cosine decay* (Loshchilov
-# and Hutter, 2017): from the peak it falls along half a cosine wave, first slowly, then fast, then gently
-# to its end. Large steps find the region, small ones the lowest point in it; a run that stays at the peak
-# ends visibly higher.
+# *The learning rate* is how far. Too small wastes time, too large throws away what was learned; what is
+# right is large early and small at the end, after a short run-up. *Warm-up*: over the first steps it rises
+# from almost 0, since the optimizer (below) does not yet know how large gradients usually are, and a first
+# wild step can do lasting harm. *Cosine decay* (Loshchilov and Hutter, 2017): from the peak it falls along
+# half a cosine wave, first slowly, then fast, then gently to its end. Large steps find the region, small
+# ones the lowest point in it; a run that stays at the peak keeps jumping about that point and ends with a
+# higher loss.
 
 
 def learning_rate(step, config):
@@ -557,13 +569,14 @@ def learning_rate(step, config):
 # *AdamW* (Kingma and Ba, 2015; Loshchilov and Hutter, 2019) does not follow a gradient as it comes, since
 # batches differ and single ones mislead. For each parameter it keeps two running means: of the gradient
 # (over about the last 1 / (1 - 0.9) = 10 steps) and of its square (over about 1 / (1 - beta2) = 100), and
-# moves by the first divided by the root of the second. So every parameter moves at about the same pace, the
-# learning rate, whether its gradients are large or tiny; plain gradient descent would need a rate of its
-# own for each kind of layer.
+# moves by the learning rate times the first divided by the root of the second. That quotient is near 1
+# while the gradients agree and near 0 while they cancel, whether they are large or tiny; plain gradient
+# descent would need a rate of its own for each kind of layer.
 #
-# *Weight decay* shrinks each weight a little in every step, by the learning rate times `weight_decay`. What
-# the data does not keep asking for fades, which keeps weights small and the model from learning the text by
-# heart. Only the matrices decay: biases and scales are few, and not where a text is learned by heart.
+# *Weight decay*, the W, shrinks each weight a little in every step, by the learning rate times
+# `weight_decay`. What the data does not keep asking for fades, which keeps weights small and the model from
+# learning the text by heart. Only the matrices decay: biases and scales are few, and there is little to be
+# remembered in them.
 
 
 def make_optimizer(model, config):
@@ -581,10 +594,10 @@ def make_optimizer(model, config):
 # *Precision.* A float32 number has 24 bits of precision, more than training needs. GPUs multiply 16-bit
 # numbers several times faster. bfloat16 keeps float32's range and gives up precision; float16 does the
 # reverse, so that small gradients would become 0 unless the loss is scaled up first and the gradients down
-# after (`GradScaler`). In *mixed precision* (Micikevicius et al., 2018) only the multiplications run in 16
-# bits, while weights, sums and the optimizer stay in float32. `auto` takes bfloat16 on GPUs that have it in
-# hardware (2020 and later), float16 on older ones such as Colab's T4 (which accepts bfloat16 but only
-# imitates it, slowly), and float32 elsewhere.
+# after (`GradScaler`). In *mixed precision* (`autocast`; Micikevicius et al., 2018) only the
+# multiplications run in 16 bits, while weights, sums and the optimizer stay in float32. `auto` takes
+# bfloat16 on GPUs that have it in hardware (2020 and later), float16 on older ones such as Colab's T4
+# (which accepts bfloat16 but only imitates it, slowly), and float32 elsewhere.
 
 
 def number_format(dtype, device):
@@ -597,14 +610,14 @@ def number_format(dtype, device):
     return torch.float32 if dtype == "auto" else getattr(torch, dtype)
 
 
-# *Several processes* (`torchrun`) can share one run: each has the whole model and its share of every batch,
-# and their gradients are averaged before each step, so that together they do what one would do with the
-# whole batch. This is *data parallelism*. With one process, as on a laptop, the first function below
-# returns (0, 1), and the second the number it was given.
+# *Several processes* (started by `torchrun`) can share one run: each has the whole model and its share of
+# every batch, and their gradients are averaged before each step, so that together they do what one would do
+# with the whole batch. This is *data parallelism*. With one process, as on a laptop, the first function
+# below returns (0, 1), and the second the number it was given.
 
 
 def place_among_processes():
-    """This process's number, from 0, and how many there are."""
+    """This process's number from 0, its *rank*, and how many there are."""
     together = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
@@ -670,13 +683,14 @@ class Report:
     loss: float  # of this step's batch, in nats per character
     held_out: float | None  # loss on the held-out text, when this step was followed by a look at it
     seconds: float  # spent in steps of this call, looks at the held-out text left out
-    state: object  # call it for all that is needed to go on from here: what `train` takes as `state`
+    state: Callable  # state() is all that is needed to go on from here: give it to `train`
 
 
 def train(model, training, held_out, state=None):
     """Train the model, in place, as its config says; an iterator that yields a Report after each step.
 
-    training, held_out: tokens (N,), on the model's device. With the `state` of a report, goes on from there.
+    training, held_out: tokens (N,), on the model's device. With `state`, what a report's `state()` gave, it
+    goes on from there.
     Raises FloatingPointError when the loss is no longer a number.
     """
     config, device, start, seconds = model.config, training.device, 0, 0.0
@@ -702,12 +716,12 @@ def train(model, training, held_out, state=None):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        torch.manual_seed(seed_of(config.seed, step * processes + rank))  # for dropout, as in get_batch
+        torch.manual_seed(seed_of(config.seed, step * processes + rank))  # dropout's dice
         batch = get_batch(training, config.batch_size, config.block_size, config.seed, step)
         inputs, targets = (part.chunk(processes)[rank] for part in batch)  # (B, T) each: this process's share
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = network(inputs).float().flatten(0, 1)  # (B, T) -> (B * T, V)
-            loss = F.cross_entropy(logits, targets.flatten())  # (B * T, V) and (B * T,) -> one number
+            loss = F.cross_entropy(logits, targets.flatten())  # softmax, then the mean of -ln p: one number
         optimizer.zero_grad()  # gradients add up unless they are cleared
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -721,7 +735,8 @@ def train(model, training, held_out, state=None):
         look = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
         held_out_loss = evaluate(model, held_out) if look else None
         if not math.isfinite(mean_loss + (held_out_loss or 0)):
-            raise FloatingPointError(f"the loss is no number at step {step + 1}: lower --lr, now {config.lr}")
+            advice = f"lower --lr, now {config.lr}"
+            raise FloatingPointError(f"the loss is no longer a finite number at step {step + 1}: {advice}")
         yield Report(step + 1, mean_loss, held_out_loss, seconds, functools.partial(state_after, step + 1))
 
 
@@ -729,8 +744,8 @@ def train(model, training, held_out, state=None):
 # To write, the model guesses, we choose one character by its probabilities, add it to the text, and ask
 # again. There are several ways to choose. *Temperature* divides the logits before softmax: below 1 the
 # likely becomes likelier (careful, repetitive), above 1 all becomes more even (bold, then nonsense), and at
-# 0 only the likeliest is left. *Top-k* strikes out all but the k likeliest, since each unlikely one is
-# rare, but together they are not.
+# 0 only the likeliest is left. *Top-k* strikes out all but the k likeliest: each of the others is rare, yet
+# together they come up often and derail the text.
 
 
 def probabilities(logits, temperature=1.0, top_k=0):
@@ -771,7 +786,7 @@ def probabilities(logits, temperature=1.0, top_k=0):
 def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, seed=1337):
     """Write on from `prompt`: an iterator over `length` characters, one at a time as they are made.
 
-    An empty prompt begins as after an empty line; of one longer than the context the last part counts. Leaves
+    An empty prompt counts as an empty line; of one longer than the context only the last part counts. Leaves
     the model's training mode and PyTorch's own random numbers as they were. Raises ValueError for unknown
     characters in the prompt and for a length, temperature or top_k that makes no sense.
     """
@@ -811,21 +826,23 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # That is all there is to it: whoever has come this far has seen every part of a language model. What
 # separates it from those in the news is, first of all, scale, and that can be reckoned: each parameter
 # costs a multiplication and an addition for each character on the way forward, and twice that on the way
-# back, 6 operations in all. The whole training of `medium` at 100 billion operations a second (a laptop's
-# CPU), at 22 and at 330 million million (a third of what Colab's T4 and an H100 could do at best). GPUs
-# fall well short of this with small models, since starting an operation then takes longer than doing it:
+# back, 6 operations in all. Here is the training of `medium` at 100 billion operations a second (a laptop's
+# CPU), and at 22 and 330 million million (a third of what Colab's T4 and an H100 can do at best). With
+# models this small GPUs fall well short of that, since starting an operation takes them longer than doing
+# it:
 #
 # >>> operations = 6 * 10.8e6 * (16 * 256) * 6000  # parameters, characters a step, steps
 # >>> [f"{operations / each_second / 60:,.1f} minutes" for each_second in (100e9, 22e12, 330e12)]
 # ['265.4 minutes', '1.2 minutes', '0.1 minutes']
 #
-# GPT-2 itself (Radford et al., 2019) is this file with pieces of words for characters, 124 million to 1.5
-# billion parameters, and 40 gigabytes of text. Today's models keep its plan and change the parts: positions
-# turned into queries and keys (rotary, Su et al., 2021) where we add a table; normalization by size alone
-# (RMSNorm, Zhang and Sennrich, 2019); an MLP with a gate that lets through or holds back (SwiGLU, Shazeer,
-# 2020); several query heads that share one key and value, for a smaller cache (grouped heads, Ainslie et
-# al., 2023). Then comes *post-training*: the finished model goes on learning from conversations and from
-# people's preferences (Ouyang et al., 2022), which turns a continuer of texts into an assistant.
+# GPT-2 itself (Radford et al., 2019) is this file with pieces of words for characters, 124 million
+# parameters (our gpt2 and a larger vocabulary) to 1.5 billion, and 40 gigabytes of text. Today's models
+# keep its plan and change the parts: positions turned into queries and keys (rotary, Su et al., 2021) where
+# we add a table; normalization by size alone (RMSNorm, Zhang and Sennrich, 2019); an MLP with a gate that
+# lets through or holds back (SwiGLU, Shazeer, 2020); several query heads that share one key and value, for
+# a smaller cache (grouped heads, Ainslie et al., 2023). Then comes *post-training*: the finished model goes
+# on learning from conversations and from people's preferences (Ouyang et al., 2022), which turns a
+# continuer of texts into an assistant.
 
 
 # %% 9. Around the lesson
@@ -923,9 +940,8 @@ def pick_device(name="auto"):
 # loss so far, to be used and shared: settings, characters, weights, and the losses on the way.
 # `gpt.resume.pt` is what it takes to go on: the weights as they are now, which may be worse than the best,
 # the two running means that AdamW keeps for each of them, and the number of steps done. Nothing else is
-# needed, since step s draws its chance from the seed and s alone (section 6). So a run that is stopped, or
-# killed at any moment, and then resumed ends with the same weights, to the bit, as one that was left in
-# peace; the tests kill some to prove it.
+# needed (section 6). So a run that is stopped, or killed at any moment, and then resumed ends with the same
+# weights, to the bit, as one that was left in peace; the tests kill some to prove it.
 #
 # A file from somebody else can't be trusted. Python's own format for such things, pickle, may run any code
 # when it is opened. With `weights_only=True` PyTorch reads tensors and plain values and refuses the rest;
@@ -1001,8 +1017,8 @@ def draw(path, history, marks):
 # %% 10. The command line
 # What a user types becomes settings, and what goes wrong becomes one line that says what to do. A mistake
 # in what was typed ends the program with status 2, before anything has been written; a failure on the way,
-# such as a loss that is no number, with status 1; Ctrl-C with 130 and SIGTERM with 143, as is the custom.
-# The flags are those of `Config` and these:
+# such as a loss that is no longer a number, with status 1; Ctrl-C with 130 and SIGTERM with 143, as is the
+# custom. The flags are those of `Config` and these:
 
 WRITING = {"prompt", "length", "temperature", "top_k"}
 FLAGS = {
