@@ -100,9 +100,7 @@ class Config:
     weight_decay: float = setting(0.3, "pull of the weight matrices towards zero", least=0)
     beta2: float = setting(0.99, "how long AdamW remembers the size of the gradients", least=0, most=0.99999)
     grad_clip: float = setting(1.0, "longest gradient allowed; 0 allows any", least=0)
-    dropout: float = setting(
-        0.0, "share of the numbers blanked out in training (section 2)", least=0, most=0.9
-    )
+    dropout: float = setting(0.0, "share of numbers blanked out in training (section 2)", least=0, most=0.9)
     # Around the mathematics (section 7).
     eval_every: int = setting(500, "steps between two looks at the held-out text", least=1)
     seed: int = setting(1337, "where all chance comes from (section 6)", least=0, most=2**32 - 1)
