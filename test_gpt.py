@@ -602,7 +602,7 @@ def enter(folder, argv, environment):
 def forkserver():
     """A process that has imported PyTorch and this file already, and from which others are forked at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # PyTorch's optimizers import that as well
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(HERE))
         multiprocessing.forkserver.ensure_running()
