@@ -24,6 +24,8 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # promises to the bit are for one device: here, the CPU
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -598,6 +600,9 @@ def enter(folder, argv, environment):
     sys.exit(gpt.main(argv))
 
 
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="not all systems have such processes")
+
+
 @functools.cache
 def forkserver():
     """A process that has imported PyTorch and this file already, and from which others are forked at once."""
@@ -691,7 +696,7 @@ def uninterrupted(tmp_path_factory):
     return outcome(folder), out.getvalue().split("It writes:")[1]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@only_linux
 def test_a_run_killed_at_any_moment_and_resumed_ends_the_same(in_folder, uninterrupted):
     dice, flags, kills = random.Random(1), RUN, 0
     for _ in range(3):
@@ -706,7 +711,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_the_same(in_folder, uninter
     assert (outcome(in_folder), out.split("It writes:")[1]) == uninterrupted
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@only_linux
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(in_folder, uninterrupted, number, code):
     run = program(*RUN, folder=in_folder)
@@ -751,7 +756,7 @@ def test_only_text_goes_to_standard_output_when_writing(in_folder, capsys, monke
     assert out.startswith("HAMLET:\n") and len(out) == 58 and err == ""
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+@only_linux
 def test_a_closed_pipe_ends_it_quietly(in_folder):
     gpt.main([*SMALL_FLAGS, "--steps", "2"])
     run = program("--generate", "--length", "200000", folder=in_folder)
@@ -906,7 +911,7 @@ def test_the_file_runs_in_one_notebook_cell_and_cell_by_cell(tmp_path, web_serve
     assert (tmp_path / "input.txt").read_text(encoding="utf-8") == TEXT
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="torchrun's way of finding itself differs")
+@only_linux
 def test_two_processes_do_what_one_does(in_folder):
     flags = [*SMALL_FLAGS, "--steps", "50", "--eval-every", "25"]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
@@ -921,7 +926,7 @@ def test_two_processes_do_what_one_does(in_folder):
     assert out.count("It writes:") == 1 and "gpt.py" not in err
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems need other settings")
+@only_linux
 def test_when_one_of_two_processes_dies_the_other_says_so_and_both_can_go_on(tmp_path):
     def start_two(folder, *flags):
         folder.mkdir(exist_ok=True)
