@@ -7,8 +7,9 @@ This file is a complete language model: GPT-2's architecture, trained from nothi
 character at a time, until it writes plays of its own. PyTorch does the arithmetic and works out gradients;
 all else is on this page.
 
-The same architecture can be trained badly or well, and most of what makes a model good is how it is trained.
-This one reaches the loss of the usual tutorial recipe in a fraction of its time, and section 7 says why.
+The same architecture can be trained badly or well, and most of what makes a model of this size good is how
+it is trained. This one reaches the loss of the usual tutorial recipe in a fraction of its time, and section
+7 says why.
 
     python gpt.py                                    train the tiny model on input.txt, then write a scene
     python gpt.py --generate --prompt "HAMLET:"      write more, with the model that is now in gpt.pt
@@ -129,9 +130,9 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
 # Named sizes, for `--size`; each line says how it differs from the table. The wider the model, the smaller
 # its learning rate, about in inverse proportion: what a layer puts out is a sum over its width, and many
-# small changes add up. Decay works through the learning rate (section 7), so it rises as much. Only medium,
-# which sees our text some twenty times, gets dropout; tiny gets worse by it. (gpt2 is meant for a text a
-# hundred times as long.)
+# small changes add up. Decay works through the learning rate (section 7), so in small and medium it rises
+# as much. Only medium, which sees our text some twenty times, gets dropout, which makes tiny worse. (gpt2
+# is meant for a text a hundred times as long.)
 SIZES = {
     "tiny": dict(),
     "small": dict(n_layer=4, n_embd=256, steps=8000, lr=1e-3, weight_decay=0.6),
@@ -206,10 +207,10 @@ class CharTokenizer:
 # 4.17
 #
 # nats for each character, knowing nothing. Counting alone does better. Score the text by the frequency of
-# each character (spaces and e are cheap, Q is dear), then by the frequency of each pair (after Q comes U).
-# These three numbers are the *yardsticks* by which we see whether the model is learning at all: 4.17, 3.37
-# and 2.53 on our text of 1.3 million characters. The tiny model ends near 1.71, as if it gave the right
-# character a probability of 0.18 each time.
+# each character (spaces and e are cheap, Q is costly), then by the frequency of each pair (after Q comes
+# U). These three numbers are the *yardsticks* by which we see whether the model is learning at all: 4.17,
+# 3.37 and 2.53 on `input.txt`, ten plays, 1.3 million characters. The tiny model ends near 1.71, as if it
+# gave the right character a probability of 0.18 each time.
 #
 # One rule matters: never test on what you have trained on, since knowing by heart is not knowing. We count,
 # and later train, on the first nine tenths of the text only; the last tenth is *held out*, for measuring.
@@ -234,7 +235,7 @@ def yardsticks(training, held_out, vocab_size):
     """What counting alone can tell: name -> loss on the held-out text, in nats per character.
 
     training and held_out: tokens (N,) and (M,). One is added to each count (Laplace, 1814), so that what
-    never occurred in training is dear but not impossible.
+    never occurred in training is costly but not impossible.
     """
     V = vocab_size
     letters, pairs = torch.bincount(training, minlength=V), count_pairs(training, V)  # (V,), (V, V)
@@ -260,20 +261,21 @@ def yardsticks(training, held_out, vocab_size):
 #     key    what this position has to offer those who look
 #     value  what it hands over when it is looked at
 #
-# A position's query is multiplied with the key of every position, number by number, and summed (the *dot
-# product*): that is its *score* for that position, large where the two fit. *Softmax* turns the scores into
-# shares: e to the power of each, divided by their sum, so that all are positive and add up to 1. The result
-# is the mean of the values, weighted by these shares. One thing more: the more numbers in a vector, the
-# larger the scores, and softmax would give nearly all to the largest, so scores are first divided by the
-# square root of that count.
+# A position's query is multiplied by the key of every position, number by number, and the products are
+# summed (the *dot product*): that is its *score* for that position, large where the two fit. *Softmax*
+# turns the scores into shares: e to the power of each, divided by their sum, so that all are positive and
+# add up to 1. The result is the mean of the values, weighted by these shares. One thing more: the more
+# numbers in a vector, the larger the scores, and softmax would give nearly all to the largest, so scores
+# are first divided by the square root of that count. (In the code `@` multiplies matrices: here, all
+# queries by all keys.)
 #
 # Now the one rule a text imposes: a position may look back, never ahead, or it would read its answer
-# instead of guessing it. The *causal mask* sets the scores of later positions to minus infinity, and
-# softmax makes them 0.
+# instead of guessing it. The *causal mask* sets the scores of later positions to minus infinity, so that
+# softmax makes their shares 0.
 
 
 def attention_by_hand(query, key, value):
-    """Attention as its formula says it. Each of the three: (..., T, head_size), and so is the result.
+    """Attention as its formula says it. Arguments and result: T vectors of head_size, (..., T, head_size).
 
     Three positions, vectors of one number. All ask with the query 1. The third key fits better than the
     others, by ln 2, so it gets twice their share: 1/4, 1/4, 1/2. The first sees only itself, the second two.
@@ -297,12 +299,12 @@ def attention_by_hand(query, key, value):
 
 # A *linear layer* is the network's plainest part: it multiplies a vector by a table of numbers, its
 # *weights*, and adds a vector, its *biases*. Both are parameters. (In PyTorch a layer is an `nn.Module`, an
-# object that keeps its parameters; calling it, `layer(x)`, runs its `forward`. `@` multiplies matrices, and
-# `.training` is true in training and false after `.eval()`.) One linear layer makes query, key and value in
-# one go. We do not attend once but `n_head` times side by side, each *head* with its own slice of the
-# vectors, so that one can watch the last letter while another watches the speaker's name. A last linear
-# layer mixes what the heads have found. The names are those of GPT-2's own files: `c_attn` makes query, key
-# and value, and `c_proj` projects back to width C.
+# object that keeps its parameters; calling it, `layer(x)`, runs its `forward`. `.training` is true in
+# training and false after `.eval()`.) One linear layer makes query, key and value in one go. We do not
+# attend once but `n_head` times side by side, each *head* with its own slice of query, key and value,
+# `head_size` numbers, so that one can watch the last letter while another watches the speaker's name. A
+# last linear layer mixes what the heads have found. The names are those of GPT-2's own files: `c_attn`
+# makes query, key and value, and `c_proj` projects back to width C.
 #
 # *Dropout* (Srivastava et al., 2014) blanks out a random share of the numbers that a layer puts out, in
 # training only, and enlarges the rest to make up for it. No part can then rely on a few others, which
@@ -313,7 +315,7 @@ def attention_by_hand(query, key, value):
 class Linear(nn.Linear):
     """A linear layer: (..., in_features) -> (..., out_features). On a first reading, skip the rest of it.
 
-    It computes what PyTorch's own does. Only, when a large matrix meets a single vector on a CPU, as in
+    It computes what PyTorch's own does. But when a large matrix meets a single vector on a CPU, as in
     writing (section 8), splitting the matrix in two halves happens to be several times faster.
     """
 
@@ -381,12 +383,12 @@ class MLP(nn.Module):
 
 
 # %% 4. The block
-# A block is one round of "look around, then think". Each half does not replace the vectors but adds to
-# them: this is a *residual connection* (He et al., 2015). So the vectors run through the whole model as a
-# stream that each half reads from and writes to, the *residual stream*; what is not touched passes
-# unchanged, and in training the gradient (section 7) reaches the lowest block as directly as the highest.
-# Without it, deep models hardly learn. A stack of such blocks is a *transformer*: the T in GPT, "generative
-# pre-trained transformer".
+# A block is one round of "look around, then think". Neither half replaces the vectors, both add to them:
+# this is a *residual connection* (He et al., 2015). So the vectors run through the whole model as a stream
+# that each half reads from and writes to, the *residual stream*; what is not touched passes unchanged, and
+# in training the gradient (section 7) reaches the lowest block as directly as the highest. Without it, deep
+# models hardly learn. A stack of such blocks is a *transformer*: the T in GPT, "generative pre-trained
+# transformer".
 #
 # *Layer normalization* (Ba et al., 2016) comes before each half: it shifts and scales every vector to mean
 # 0 and standard deviation 1, then applies a learned scale and shift of its own. So each layer gets input of
@@ -427,23 +429,23 @@ class Block(nn.Module):
 # >>> [f"{count(65, c.block_size, c.n_embd, c.n_layer) / 1e6:.1f} M" for c in configs]
 # ['0.4 M', '3.2 M', '10.8 M', '85.9 M']
 #
-# The *initial weights* must be random: if all started equal, all columns of a matrix would be changed in
-# the same way and stay alike forever. How large they are (their *standard deviation*, the typical distance
-# from 0) matters more than it seems. GPT-2 drew them at 0.02, good for its widths of 768 to 1,600. But what
-# a layer puts out is a sum of C products, and a sum of C random terms grows with the root of C; weights of
-# 1 / sqrt(C) cancel that, so that what comes out is as large as what went in. That is 0.088 at width 128.
-# With 0.02 every layer answers four times too faintly, and the first hundreds of steps go into making them
-# louder. Layers that write to the residual stream start smaller by a factor of sqrt(2 * n_layer), as in
-# GPT-2, so that a deep stack of them does not drown it.
+# The *initial weights* must be random: if all started equal, all rows of a matrix would be changed in the
+# same way and stay alike forever. How large they are (their *standard deviation*, the typical distance from
+# 0) matters more than it seems. GPT-2 drew them at 0.02, not far off at its widths of 768 to 1,600. But
+# what a layer puts out is a sum of C products, and a sum of C random terms grows with the root of C;
+# weights of 1 / sqrt(C) cancel that, so that what comes out is as large as what went in. That is 0.088 at
+# width 128. With 0.02 every layer answers four times too faintly, and the first hundreds of steps go into
+# making them louder. Layers that write to the residual stream start smaller by a factor of sqrt(2 *
+# n_layer), as in GPT-2, so that it does not grow with the number of layers.
 #
 # One more thing need not start at random. A model of text must first find out that the characters just
 # before matter most, and while the position table is random, nothing in it says which position comes just
 # before which. So we start it as C/2 clock hands: column i of row p is the sine, and column C/2 + i the
-# cosine, of p times the pace of hand i. One position back is then the same turn of every hand, wherever one
-# is. A head's query weights start as its key weights with every hand turned back by d positions: as far as
-# positions go, the query at p then equals the key at p - d, and the score is highest there. Head 1 starts
-# with d = 1, head 2 with d = 2, and so on; training may change all of it. (The first transformer had such
-# waves too, never changed by training.)
+# cosine, of p times the pace of hand i. One position back then turns each hand by its own fixed angle,
+# wherever one is. A head's query weights start as its key weights with every hand turned back by d
+# positions: as far as positions go, the query at p then equals the key at p - d, and the score is highest
+# there. Head 1 starts with d = 1, head 2 with d = 2, and so on; training may change all of it. (The first
+# transformer had such waves too, never changed by training.)
 
 
 class GPT(nn.Module):
@@ -506,8 +508,8 @@ class GPT(nn.Module):
 # Training shows the model stretches of text with the question "what comes next?" at every position at once:
 # a stretch of T characters asks T questions, and the mask keeps each from seeing its answer. The targets
 # are the inputs moved on by one. A *batch* of B stretches is worked through together, since a processor
-# multiplies one large matrix faster than many small ones, up to the size that keeps it busy. Larger ones
-# than that are wasteful: for the same amount of text they leave fewer steps to learn in.
+# multiplies one large matrix faster than many small ones, up to the size that keeps it busy. Beyond that a
+# larger one only leaves fewer steps to learn in, for the same amount of text.
 #
 # Where do the stretches begin? Anywhere, by chance. But chance that can be repeated: a *seed* is a number
 # from which a generator of random numbers starts, and the same seed gives the same numbers forever. Step s
@@ -517,7 +519,7 @@ class GPT(nn.Module):
 
 
 def seed_of(seed, step):
-    """One number below 2**32 for seed and step. With a plain sum, seed 2 would repeat seed 1 a step later."""
+    """One number below 2**32 for seed and step. With a plain sum, seed 2 would be seed 1 a step ahead."""
     return (seed * 1_000_003 + step) % 2**32
 
 
@@ -538,8 +540,8 @@ def get_batch(tokens, batch_size, block_size, seed, step):
 # The model starts knowing nothing. Each step of training takes one batch and asks of each parameter: if it
 # were a little larger, how much would the loss rise or fall? These numbers are the *gradient*, and PyTorch
 # works them out backwards from the loss through everything that led to it (`loss.backward()`). The
-# *optimizer* then moves each parameter a little the other way. That is all; the rest of this section is how
-# far to move.
+# *optimizer* then moves each parameter a little the other way. That is all; what remains is how far to
+# move, how fast, and how to judge.
 #
 # *The learning rate* is how far. Too small wastes time, too large throws away what was learned; what is
 # right is large early and small at the end, after a short run-up. *Warm-up*: over the first steps it rises
@@ -571,10 +573,10 @@ def learning_rate(step, config):
 # while the gradients agree and near 0 while they cancel, whether they are large or tiny; plain gradient
 # descent would need a rate of its own for each kind of layer.
 #
-# *Weight decay*, the W, shrinks each weight a little in every step, by the learning rate times
-# `weight_decay`. What the data does not keep asking for fades, which keeps weights small and the model from
-# learning the text by heart. Only the matrices decay: biases and scales are few, and there is little to be
-# remembered in them.
+# *Weight decay*, the W, shrinks each weight in every step by a small share of itself, the learning rate
+# times `weight_decay`. What the data does not keep asking for fades, which keeps weights small and the
+# model from learning the text by heart. Only the matrices decay: biases and scales are few, and there is
+# little to be remembered in them.
 
 
 def make_optimizer(model, config):
@@ -621,7 +623,7 @@ def place_among_processes():
 
 
 def sum_over_processes(number, device):
-    """The sum of a number that each process has one of; the same in all of them."""
+    """The sum of every process's number, in each of them."""
     if place_among_processes()[1] == 1:
         return number
     total = torch.tensor(number, dtype=torch.float32, device=device)
@@ -663,23 +665,27 @@ def evaluate(model, tokens):
 # step from undoing many.
 #
 # These settings together are the *recipe*, and the recipe is what makes this file fast. Here is what each
-# part of it is worth to tiny. We begin with the usual recipe (weights at 0.02, batches of 12 x 64, a rate
-# of 1e-3 after 100 steps of warm-up that ends at a tenth of it, decay 0.1) and change one thing a line,
-# keeping those above. All lines but the last learn from 1.5 million characters. Held-out loss, median of
-# three seeds, which differ by about 0.01; the README has the commands.
+# part of it is worth to tiny. We begin with the usual recipe (weights at 0.02, 12 stretches of 64
+# characters a step, a rate that climbs to 1e-3 in 100 steps and falls to a tenth of it, weight decay 0.1)
+# and change one thing a line, keeping those above. All lines but the last read 1.5 million characters.
+# Held-out loss, median of three seeds; 0.01 either way is chance. The README has the commands.
 #
 #     the usual recipe                                1.90
 #     initial weights of 1 / sqrt(C)                  1.84
 #     twice the learning rate, 2e-3                   1.78
-#     a tenth of all steps warm-up, then down to 0    1.79
-#     decay 0.3                                       1.78
+#     warm-up of a tenth of all steps, down to 0      1.79
+#     weight decay 0.3                                1.78
 #     heads that start by looking back                1.77
-#     more and smaller steps: batches of 8 x 64       1.77
+#     more steps of fewer characters: 8 x 64          1.77
 #     longer contexts: 8 x 128                        1.79
-#     twice the text                                  1.71
+#     twice the steps                                 1.71
 #
-# Two changes do most of it, and neither is more than a number. The same work spent on architecture instead,
-# with the usual recipe: four layers 2.09, width 256 2.05, eight heads 1.90.
+# The first two do most of it, each a mere number. What gained nothing here has other reasons: a schedule
+# that suits any number of steps, a start that gains 0.24 in runs of 500 steps, a context that remembers who
+# is speaking. As much computing spent on a larger model instead, hence on fewer steps, loses: four layers
+# 2.09, width 256 2.05; eight heads gain nothing, 1.90. In time: a usual tutorial model, four layers with
+# the usual recipe, took two cores 127 seconds to come to 1.90; ours with `--block-size 48 --batch-size 12
+# --lr 4.5e-3 --steps 950` took 25.
 
 
 @dataclass
@@ -696,8 +702,7 @@ class Report:
 def train(model, training, held_out, state=None):
     """Train the model, in place, as its config says; an iterator that yields a Report after each step.
 
-    training, held_out: tokens (N,), on the model's device. With `state`, what a report's `state()` gave, it
-    goes on from there.
+    training, held_out: tokens (N,), on the model's device. Given a report's `state()`, it goes on from there.
     Raises FloatingPointError when the loss is no longer a number.
     """
     config, device, start, seconds = model.config, training.device, 0, 0.0
@@ -844,11 +849,11 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 #
 # GPT-2 itself (Radford et al., 2019) is this file with pieces of words for characters, 124 million
 # parameters (our gpt2 and a larger vocabulary) to 1.5 billion, and 40 gigabytes of text. Today's models
-# keep its plan and change the parts: positions turned into queries and keys (rotary, Su et al., 2021) where
-# we add a table; normalization by size alone (RMSNorm, Zhang and Sennrich, 2019); an MLP with a gate that
-# lets through or holds back (SwiGLU, Shazeer, 2020); several query heads that share one key and value, for
-# a smaller cache (grouped heads, Ainslie et al., 2023). Then comes *post-training*: the finished model goes
-# on learning from conversations and from people's preferences (Ouyang et al., 2022), which turns a
+# keep its plan and change the parts: queries and keys rotated by their positions (rotary, Su et al., 2021)
+# where we add a table; normalization by size alone (RMSNorm, Zhang and Sennrich, 2019); an MLP with a gate
+# that lets through or holds back (SwiGLU, Shazeer, 2020); several query heads that share one key and value,
+# for a smaller cache (grouped heads, Ainslie et al., 2023). Then comes *post-training*: the finished model
+# goes on learning from conversations and from people's preferences (Ouyang et al., 2022), which turns a
 # continuer of texts into an assistant.
 
 
