@@ -683,7 +683,7 @@ def evaluate(model, tokens):
 # The first two do most of it, each a mere number. What gained nothing here has other reasons: a schedule
 # that suits any number of steps, a start that gains 0.24 in runs of 500 steps, a context that remembers who
 # is speaking. As much computing spent on a larger model instead, hence on fewer steps, loses: four layers
-# 2.09, width 256 2.05; eight heads gain nothing, 1.90. In time: a usual tutorial model, four layers with
+# 2.10, width 256 2.05; eight heads gain nothing, 1.90. In time: a usual tutorial model, four layers with
 # the usual recipe, took two cores 127 seconds to come to 1.90; ours with `--block-size 48 --batch-size 12
 # --lr 4.5e-3 --steps 950` took 25.
 
