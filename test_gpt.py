@@ -21,8 +21,6 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
-import nbclient
-import nbformat
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # promises to the bit are for one device: here, the CPU
@@ -576,6 +574,7 @@ def test_a_missing_text_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch, ca
 
 
 def test_the_picture_shows_three_yardsticks(tmp_path):
+    pytest.importorskip("matplotlib")
     history = {"training": [4.0, 3.0, 2.0], "held_out": [[3, 2.5]]}
     figure = gpt.draw(tmp_path / "loss.png", history, {"guessing evenly": 4.17, "letters": 3.4, "pairs": 2.5})
     assert len(figure.axes[0].lines) == 5 and (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -885,6 +884,7 @@ def test_importing_the_file_does_nothing(tmp_path):
 
 def run_notebook(cells, folder):
     """Run the cells in a real kernel -> what each printed."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     where = {"metadata": {"path": str(folder)}}
     nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources=where).execute()
