@@ -45,6 +45,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import logging
 import math
 import os
 import shlex
@@ -1142,6 +1143,7 @@ def run(given, how):
     number_format(config.dtype, device)  # raises if the device can't do it
     require(B % processes == 0, f"--batch-size {B} can't be shared out evenly among {processes} processes")
     config = replace(config, vocab_size=tokenizer.vocab_size)
+    logging.getLogger("torch.utils.cpp_extension").setLevel("ERROR")  # --compile on a CPU misses no CUDA
     model = GPT(config)
     generate(model, tokenizer, **how)  # raises if the scene can't be written
     if start:
