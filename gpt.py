@@ -317,7 +317,7 @@ class Linear(nn.Linear):
     """A linear layer: (..., in_features) -> (..., out_features). On a first reading, skip the rest of it.
 
     It computes what PyTorch's own does. But when a large matrix meets a single vector on a CPU, as in
-    writing (section 8), splitting the matrix in two halves happens to be several times faster.
+    writing (section 8), splitting the matrix in two halves was 1.5 to 4 times faster on two machines.
     """
 
     def __init__(self, in_features, out_features):
