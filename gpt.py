@@ -437,7 +437,7 @@ class Block(nn.Module):
 # weights of 1 / sqrt(C) cancel that, so that what comes out is as large as what went in. That is 0.088 at
 # width 128. With 0.02 every layer answers four times too faintly, and the first hundreds of steps go into
 # making them louder. Layers that write to the residual stream start smaller by a factor of sqrt(2 *
-# n_layer), as in GPT-2, so that it does not grow with the number of layers.
+# n_layer), as in GPT-2, so that the stream does not grow with the number of layers.
 #
 # One more thing need not start at random. A model of text must first find out that the characters just
 # before matter most, and while the position table is random, nothing in it says which position comes just
@@ -682,8 +682,8 @@ def evaluate(model, tokens):
 #     twice the steps                                 1.71
 #
 # The first two do most of it, each a mere number. What gained nothing here has other reasons: a schedule
-# that suits any number of steps, a start that gains 0.24 in runs of 500 steps, a context that remembers who
-# is speaking. As much computing spent on a larger model instead, hence on fewer steps, loses: four layers
+# that suits any number of steps, a start that gains 0.24 in runs of 500 steps, a context that reaches
+# further back. As much computing spent on a larger model instead, hence on fewer steps, loses: four layers
 # 2.10, width 256 2.05; eight heads gain nothing, 1.90. In time: a usual tutorial model, four layers with
 # the usual recipe, took two cores 127 seconds to come to 1.90; ours with `--block-size 48 --batch-size 12
 # --lr 4.5e-3 --steps 950` took 25.
@@ -927,9 +927,9 @@ def read_text(path):
 
 # *Devices.* The same code runs on a CPU, on an NVIDIA GPU (`cuda`) and on an Apple one (`mps`): tensors
 # live on a device, and what is computed from them is computed there. A GPU has thousands of small cores and
-# pays off when there is work for all of them, from the size `small` on. `auto` takes the first that is
-# there of cuda, mps and cpu. Results are repeatable on one device; another adds numbers up in another order
-# and so differs in the last bits.
+# pays off when there is work for all of them, as in the larger sizes. `auto` takes the first that is there
+# of cuda, mps and cpu. Results are repeatable on one device; another adds numbers up in another order and
+# so differs in the last bits.
 
 
 def pick_device(name="auto"):

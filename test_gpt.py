@@ -39,7 +39,7 @@ TRAINING, HELD_OUT = TOKENS[:CUT], TOKENS[CUT:]
 TEXT_SHA256 = "7fc14190e10d28e26533f84528bd13188edf2ed16180a17e4e83638bd5254a7c"  # of input.txt's bytes
 SHORT = HELD_OUT[:2000]  # a held-out text for tests that don't measure anything
 
-# A model of a thousand parameters or two: for promises that do not depend on size, it is quick.
+# A model of eight thousand parameters: for promises that do not depend on size, it is quick.
 SMALL = gpt.Config(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, steps=20, eval_every=10)
 SMALL_FLAGS = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --length 40".split()
 
@@ -580,6 +580,19 @@ def test_the_picture_shows_three_yardsticks(tmp_path):
     assert len(figure.axes[0].lines) == 5 and (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_matplotlib_a_picture_is_refused_before_anything_is_written(in_folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert gpt.main([*SMALL_FLAGS, "--steps", "2", "--plot", "loss.png"]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err and os.listdir() == ["input.txt"]
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(in_folder, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert gpt.main([*SMALL_FLAGS, "--steps", "2"]) == 2
+    assert "among 3 processes" in capsys.readouterr().err and os.listdir() == ["input.txt"]
+
+
 # ---------------------------------------------------------------- 10: the command line
 
 
@@ -590,7 +603,7 @@ def python(*arguments, folder, **how):
 
 
 def enter(folder, argv, environment):
-    """What a process started by `program` does."""
+    """What a process started by `Program` does."""
     os.chdir(folder)
     os.environ.update(environment)
     if "RANK" in environment:  # two at a time must not get in each other's way
@@ -613,7 +626,7 @@ def forkserver():
     return context
 
 
-class program:
+class Program:
     """gpt.py started in a process of its own, which can be watched and killed."""
 
     def __init__(self, *argv, folder, **environment):
@@ -699,13 +712,13 @@ def uninterrupted(tmp_path_factory):
 def test_a_run_killed_at_any_moment_and_resumed_ends_the_same(in_folder, uninterrupted):
     dice, flags, kills = random.Random(1), RUN, 0
     for _ in range(3):
-        run = program(*flags, folder=in_folder)
+        run = Program(*flags, folder=in_folder)
         run.wait_for("step")
         time.sleep(dice.uniform(0, 0.4))
         run.signal(signal.SIGKILL)
         kills += run.end()[0] == -signal.SIGKILL
         flags = ["--resume"]
-    status, out, err = program("--resume", "--length", "40", folder=in_folder).end()
+    status, out, err = Program("--resume", "--length", "40", folder=in_folder).end()
     assert kills >= 1 and (status, err) == (0, "")
     assert (outcome(in_folder), out.split("It writes:")[1]) == uninterrupted
 
@@ -713,7 +726,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_the_same(in_folder, uninter
 @only_linux
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(in_folder, uninterrupted, number, code):
-    run = program(*RUN, folder=in_folder)
+    run = Program(*RUN, folder=in_folder)
     run.wait_for("step")
     run.signal(number)
     status, out, err = run.end()
@@ -758,7 +771,7 @@ def test_only_text_goes_to_standard_output_when_writing(in_folder, capsys, monke
 @only_linux
 def test_a_closed_pipe_ends_it_quietly(in_folder):
     gpt.main([*SMALL_FLAGS, "--steps", "2"])
-    run = program("--generate", "--length", "200000", folder=in_folder)
+    run = Program("--generate", "--length", "200000", folder=in_folder)
     run.out.read(10)
     run.out.close()
     assert run.end() == (0, "", "")
@@ -924,9 +937,8 @@ def test_two_processes_do_what_one_does(in_folder):
         [loss for _, loss in one["held_out"]], abs=1e-4
     )
     scene = out.split("It writes:\n\n")[1]
-    assert (
-        len(scene) == 40 + 1 and "gpt.py" not in err
-    )  # only the first process writes: once 40, and a line end
+    assert len(scene) == 40 + 1  # only the first process writes it: 40 characters and a line end
+    assert "gpt.py" not in err
 
 
 @only_linux
@@ -935,7 +947,7 @@ def test_when_one_of_two_processes_dies_the_other_says_so_and_both_can_go_on(tmp
         folder.mkdir(exist_ok=True)
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         common = ["--device", "cpu", *flags]
-        return [program(*common, folder=folder, RANK=r, LOCAL_RANK=r, **place) for r in ("0", "1")]
+        return [Program(*common, folder=folder, RANK=r, LOCAL_RANK=r, **place) for r in ("0", "1")]
 
     Path(tmp_path / "text").write_text(TEXT[:20_000], encoding="utf-8")
     run = [*RUN, "--data", str(tmp_path / "text"), "--steps", "150"]
