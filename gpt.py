@@ -91,7 +91,7 @@ class Config:
     block_size: int = setting(128, "context: characters that the model looks back on (section 2)", least=1)
     # Where training starts from (section 5).
     init_std: float = setting(None, "spread of the initial weights (default: 1/sqrt(n_embd))", least=0)
-    wave_start: bool = setting(True, "start with each head looking a few characters back")
+    head_start: bool = setting(True, "start with each head looking a few characters back")
     # What one step of training learns from (section 6).
     batch_size: int = setting(8, "stretches of text in a step", least=1)
     # How many steps, and how far each goes (section 7).
@@ -439,14 +439,20 @@ class Block(nn.Module):
 # making them louder. Layers that write to the residual stream start smaller by a factor of sqrt(2 *
 # n_layer), as in GPT-2, so that the stream does not grow with the number of layers.
 #
-# One more thing need not start at random. A model of text must first find out that the characters just
-# before matter most, and while the position table is random, nothing in it says which position comes just
-# before which. So we start it as C/2 clock hands: column i of row p is the sine, and column C/2 + i the
-# cosine, of p times the pace of hand i. One position back then turns each hand by its own fixed angle,
-# wherever one is. A head's query weights start as its key weights with every hand turned back by d
-# positions: as far as positions go, the query at p then equals the key at p - d, and the score is highest
-# there. Head 1 starts with d = 1, head 2 with d = 2, and so on; training may change all of it. (The first
-# transformer had such waves too, never changed by training.)
+# One more thing need not start at random. What predicts a character best are the few just before it, so a
+# model of text must first learn to look there. But token and position are added, number by number, and with
+# both at random no query can ask for a place without half of its answer being about characters; nor does
+# anything in a random table say which position comes just before which. Learning both takes hundreds of
+# steps. So we give the heads a start, in three moves, and training may change all of it:
+#
+#     - *what* and *where* get channels of their own: a token's vector starts as 0 in the last quarter of
+#       the channels, a position's in all others;
+#     - queries and keys read only that last quarter;
+#     - positions start as clock hands, C/8 of them, each at a pace of its own: one channel holds the sine,
+#       another the cosine of the hand's angle. (The first transformer had such waves, never trained.) One
+#       position back turns each hand by a fixed angle, wherever one is. So the queries of head d start as
+#       its keys with every hand turned back by d positions: the query at p then equals the key at p - d,
+#       and the score is highest there. Head 1 looks one character back, head 2 looks two, and so on.
 
 
 class GPT(nn.Module):
@@ -472,25 +478,28 @@ class GPT(nn.Module):
                 parameter.normal_(0, std / smaller, generator=chance)
             elif name.endswith("bias"):
                 parameter.zero_()
-        if config.wave_start:
-            self.start_looking_back(std)
+        if config.head_start and config.n_embd >= 8:  # fewer channels can't be divided like this
+            self.give_heads_a_start(std)
 
     @torch.no_grad()
-    def start_looking_back(self, std):
-        """Positions start as waves, and the queries of head d as the keys d positions back."""
+    def give_heads_a_start(self, std):
+        """Tokens and positions start in channels of their own, and head d by looking d positions back."""
         C, n_head = self.config.n_embd, self.config.n_head
-        half = C // 2
-        pace = math.pi * (torch.arange(half) + 0.5) / half  # (C/2,) each hand's turn per position
-        angle = torch.arange(self.config.block_size)[:, None] * pace  # (T, C/2)
-        waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (T, C), their mean square is 1/2
-        self.wpe.weight[:, : 2 * half] = waves * std * math.sqrt(2)
+        hands = C // 8
+        where = C - 2 * hands  # the position's channels begin here: sines first, then cosines
+        pace = math.pi * (torch.arange(hands) + 0.5) / hands  # (hands,) each hand's turn from one to the next
+        angle = torch.arange(self.config.block_size)[:, None] * pace  # (T, hands)
+        self.wte.weight[:, where:] = 0
+        self.wpe.weight[:, :where] = 0
+        self.wpe.weight[:, where:] = torch.cat([angle.sin(), angle.cos()], dim=1) * std * math.sqrt(2)
         for block in self.h:
             queries, keys, _ = block.attn.c_attn.weight.split(C)  # (C, C) each, one head below the other
-            for head, (query, key) in enumerate(zip(queries.chunk(n_head), keys.chunk(n_head))):
-                turn = pace * (head + 1)  # (C/2,)
-                a, b = key[:, :half], key[:, half : 2 * half]  # (head_size, C/2): for the sines, the cosines
-                query[:, :half] = a * turn.cos() + b * turn.sin()  # (head_size, C/2)
-                query[:, half : 2 * half] = b * turn.cos() - a * turn.sin()  # (head_size, C/2)
+            queries[:, :where] = keys[:, :where] = 0
+            keys *= 2  # a quarter of the channels: twice the weight, for a sum as large as before
+            for d, (query, key) in enumerate(zip(queries.chunk(n_head), keys.chunk(n_head)), start=1):
+                sine, cosine = key[:, where:].chunk(2, dim=1)  # (head_size, hands) each
+                a, b = (pace * d).cos(), (pace * d).sin()  # (hands,) each
+                query[:, where:] = torch.cat([sine * a + cosine * b, cosine * a - sine * b], dim=1)
 
     def forward(self, tokens, cache=None, start=0):
         """Raises ValueError if the tokens don't fit the context. `cache` and `start` belong to section 8."""
