@@ -48,6 +48,7 @@ import io
 import logging
 import math
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -328,7 +329,7 @@ class Linear(nn.Linear):
         if not self.large or x.numel() != self.in_features or not x.is_cpu:
             return F.linear(x, self.weight, self.bias)
         halves = self.weight.view(2, -1, self.in_features)  # (2, out_features / 2, in_features)
-        y = halves @ x.view(1, 1, -1).mT.expand(2, -1, 1)  # (2, out_features / 2, 1)
+        y = torch.bmm(halves, x.view(1, 1, -1).mT.expand(2, -1, 1))  # (2, out_features / 2, 1)
         return y.view(*x.shape[:-1], -1) + self.bias  # (..., out_features)
 
 
@@ -787,7 +788,7 @@ def probabilities(logits, temperature=1.0, top_k=0):
     """
     if temperature < 1e-6:  # 0, or as good as 0
         return F.one_hot(logits.argmax(), len(logits)).float()
-    logits = (logits - logits.max()) / temperature  # the largest becomes 0: nothing can overflow
+    logits = logits / temperature
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
     return logits.softmax(0)
@@ -803,6 +804,16 @@ def probabilities(logits, temperature=1.0, top_k=0):
 # When the context is full there is no place left: positions are rows of a table, and the table has an end.
 # Then we keep the later half of the text, send that through afresh as if it had just begun, and go on; so
 # the text can be of any length and the memory stays the same.
+
+
+@contextlib.contextmanager
+def without_onednn():
+    """GELU runs through oneDNN on a CPU, which wakes every core: too much ado for a single position."""
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, seed=1337):
@@ -821,7 +832,7 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
     text = tokenizer.encode(prompt or ("\n\n" if "\n" in known else tokenizer.characters[0])).tolist()
 
     def characters():
-        chance = torch.Generator().manual_seed(seed)
+        chance = random.Random(seed)
         context, done = text[-config.block_size :], 0  # done: how much of the context is in the cache
         head_size = config.n_embd // config.n_head
         cache = torch.zeros(config.n_layer, 2, 1, config.n_head, config.block_size, head_size, device=device)
@@ -831,11 +842,11 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
             for _ in range(length):
                 if len(context) > config.block_size:
                     context, done = context[-max(1, config.block_size // 2) :], 0
-                with torch.inference_mode():
+                with torch.inference_mode(), without_onednn():
                     new = torch.tensor([context[done:]], device=device)  # (1, T): after the prompt T = 1
                     logits = model(new, cache, done)[0, -1].float().cpu()  # (1, T) -> (V,)
-                    chances = probabilities(logits, temperature, top_k)  # (V,)
-                    token = torch.multinomial(chances, 1, generator=chance).item()
+                chances = probabilities(logits, temperature, top_k).tolist()  # (V,) -> V numbers
+                token = chance.choices(range(len(chances)), chances)[0]
                 done = len(context)
                 context.append(token)
                 yield tokenizer.characters[token]

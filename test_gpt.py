@@ -387,7 +387,7 @@ def test_a_compiled_model_computes_the_same(monkeypatch):
 
 def write_without_cache(model, prompt, length, temperature, top_k, seed):
     """The plainest loop that writes: the whole context through the model for each character."""
-    chance, context, text = torch.Generator().manual_seed(seed), TOKENIZER.encode(prompt).tolist(), ""
+    chance, context, text = random.Random(seed), TOKENIZER.encode(prompt).tolist(), ""
     context = context[-model.config.block_size :]
     all_logits = []
     for _ in range(length):
@@ -396,8 +396,8 @@ def write_without_cache(model, prompt, length, temperature, top_k, seed):
         with torch.no_grad():
             logits = model(torch.tensor([context]))[0, -1]
         all_logits.append(logits)
-        chances = gpt.probabilities(logits, temperature, top_k)
-        context.append(torch.multinomial(chances, 1, generator=chance).item())
+        chances = gpt.probabilities(logits, temperature, top_k).tolist()
+        context.append(chance.choices(range(65), chances)[0])
         text += TOKENIZER.characters[context[-1]]
     return text, all_logits
 
@@ -440,10 +440,11 @@ def test_temperature_0_is_the_likeliest_and_top_k_leaves_k():
 
 def test_writing_leaves_everything_as_it_was():
     model = randomized(SMALL).train()
-    before = torch.random.get_rng_state()
+    before, chance = torch.random.get_rng_state(), random.getstate()
     characters = gpt.generate(model, TOKENIZER, "", 30)
     assert len(list(characters)) == 30 and model.training and all(m.training for m in model.modules())
     assert torch.equal(before, torch.random.get_rng_state()) and torch.is_grad_enabled()
+    assert torch.backends.mkldnn.enabled and chance == random.getstate()
     assert all(p.grad is None for p in model.parameters())
 
 
