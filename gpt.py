@@ -881,8 +881,7 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # %% 9. Around the lesson
 # The mathematics is done; what follows makes it a program that people can trust with a night of computing.
 # First, the text: any UTF-8 file. Where there is none, it fetches Tiny Shakespeare, the text that Andrej
-# Karpathy's char-rnn made famous, and accepts it only if its SHA-256, a fingerprint of the bytes, is the
-# right one.
+# Karpathy's char-rnn made famous, and accepts it only if its fingerprint is the right one.
 
 NOTEBOOK = hasattr(builtins, "__IPYTHON__")  # running in Jupyter or Colab
 TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -907,11 +906,15 @@ def write_whole(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException as error:  # Ctrl-C too
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"can't write {path}: {error.strerror}; what was there is untouched") from None
-        raise
+    except OSError as error:
+        raise OSError(f"can't write {path}: {error.strerror}; what was there is untouched") from None
+    finally:
+        beside.unlink(missing_ok=True)  # debris of a failure, or of Ctrl-C; renamed, it is gone already
+
+
+def fingerprint(content):
+    """The SHA-256 of some bytes: the same for the same bytes, and in practice for no others."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def find_text(name):
@@ -929,7 +932,7 @@ def find_text(name):
             content = answer.read()
     except Exception as error:  # no network, or an answer that breaks off
         raise OSError(f"can't fetch a text ({error}): {advice}") from None
-    genuine = hashlib.sha256(content).hexdigest() == TEXT_SHA256
+    genuine = fingerprint(content) == TEXT_SHA256
     require(genuine, f"what came from {TEXT_URL} is not Tiny Shakespeare: {advice}")
     write_whole("input.txt", content)
     return Path("input.txt")
@@ -1050,8 +1053,8 @@ def draw(path, history, marks):
 # %% 10. The command line
 # What a user types becomes settings, and what goes wrong becomes one line that says what to do. A mistake
 # in what was typed ends the program with status 2, before anything has been written; a failure on the way,
-# such as a loss that is no longer a number, with status 1; Ctrl-C with 130 and SIGTERM with 143, as is the
-# custom. The flags are those of `Config` and these:
+# such as a loss that is no longer a number, with status 1; Ctrl-C with 130 and SIGTERM, by which a system
+# asks a program to stop, with 143, as is the custom. The flags are those of `Config` and these:
 
 WRITING = {"prompt", "length", "temperature", "top_k"}
 FLAGS = {
@@ -1079,12 +1082,8 @@ class Parser(argparse.ArgumentParser):
 
 def read_flags(argv):
     """The command line, a list of words -> the flags that were given, by name. Raises ValueError."""
-    parser = Parser(
-        "gpt.py",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        description="Train a small GPT-2 on a text and let it write.",
-    )
+    about = "Train a small GPT-2 on a text and let it write."
+    parser = Parser("gpt.py", argument_default=argparse.SUPPRESS, allow_abbrev=False, description=about)
     rows = [(name, *row, "store_true") for name, row in FLAGS.items()]
     for row in fields(Config)[:-1]:  # all but vocab_size
         default = "" if row.default is None else f" (default: {row.default})"
@@ -1112,20 +1111,114 @@ def settings_for(given, unfinished):
         config = replace(Config(**start["config"]), **chosen)
         require(config.steps >= start["step"], f"the run has done {start['step']} --steps already")
         return config, start
-    if "init_from" in given:
+    if "init_from" in given:  # gentler than from nothing, lest it forget: a quarter of the rate, fewer steps
         refuse(given.keys() & {"size", *SHAPE}, "--init-from: the trained model has its shape")
         start = read_checkpoint(given["init_from"])
         config = Config(**start["config"])
-        # Gentler than from nothing, lest it forget: a quarter of the rate, an eighth of the steps.
-        gentle = {
-            "lr": config.lr / 4,
-            "steps": config.steps // 8 + 1,
-            "eval_every": config.eval_every // 8 + 1,
-        }
-        return replace(config, **{**gentle, "warmup": None, **chosen}), start
+        eighth = {"steps": config.steps // 8 + 1, "eval_every": config.eval_every // 8 + 1}
+        return replace(config, **{"lr": config.lr / 4, "warmup": None, **eighth, **chosen}), start
     size = given.get("size", "tiny")
     require(size in SIZES, f"unknown --size {size!r}: choose {', '.join(SIZES)}")
     return Config(**{**SIZES[size], **chosen}), None
+
+
+def prepare(given, out, unfinished, processes):
+    """The flags -> config, checkpoint to start from (or None), path of the text, text, tokenizer.
+
+    Whether all of it fits together is checked here, before anything is written. Raises ValueError or OSError.
+    """
+    config, start = settings_for(given, unfinished)
+    resumed = start if "resume" in given else None
+    path = find_text(given.get("data") or (resumed and resumed["data"]))
+    text = read_text(path)
+    shortest = 10 * config.block_size + 1  # then a tenth of the text is one window and its targets
+    advice = f"a context of {config.block_size} needs {shortest}"
+    require(len(text) >= shortest, f"{path} has {len(text)} characters: {advice}")
+    same = not resumed or resumed["text"] == fingerprint(text.encode())
+    require(same, f"{path} is not the text that the run in {unfinished} began with")
+    overwritten = path.resolve() in (out.resolve(), unfinished.resolve())
+    require(not overwritten, f"--out {out} would overwrite the text")
+    tokenizer = CharTokenizer(start["characters"]) if start else CharTokenizer.from_text(text)
+    unseen = Counter(c for c in (text if start else "") if c not in tokenizer.token_of)
+    counts = ", ".join(f"{c!r} ({n} times)" for c, n in unseen.most_common(20))
+    require(not unseen, f"{path} has {len(unseen)} characters that the trained model never saw: {counts}")
+    uneven = f"--batch-size {config.batch_size} can't be shared out evenly among {processes} processes"
+    require(config.batch_size % processes == 0, uneven)
+    return replace(config, vocab_size=tokenizer.vocab_size), start, path, text, tokenizer
+
+
+def describe(path, tokens, cut, model):
+    """Tell what can be known before training: the size of the task. Returns the yardsticks of section 1."""
+    config, marks = model.config, yardsticks(tokens[:cut], tokens[cut:], model.config.vocab_size)
+    pairs = count_pairs(tokens, config.vocab_size).count_nonzero().item()
+    say(f"{path}: {len(tokens):,} characters, {config.vocab_size:,} different ones;", end=" ")
+    say(f"{pairs:,} of the {config.vocab_size**2:,} possible pairs occur.")
+    say(f"The last {len(tokens) - cut:,} are held out. Their loss by counting alone, in nats per character:")
+    say("    " + ", ".join(f"{name} {loss:.2f}" for name, loss in marks.items()))
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    say(f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd},", end=" ")
+    say(f"context {config.block_size}: {millions:.2f} million parameters, on {model.wte.weight.device}.")
+    return marks
+
+
+def set_aside(out, unfinished):
+    """A new run keeps what it finds under another name."""
+    for older in (out, unfinished):
+        if older.exists():
+            write_whole(f"{older}.old", older.read_bytes())
+            say(f"{older} was there and is kept as {older}.old.")
+    with contextlib.suppress(OSError, ValueError):  # there may be no earlier run
+        earlier = read_checkpoint(unfinished)
+        done, steps = earlier["step"], earlier["config"]["steps"]
+        if done < steps:
+            say(f"It is a run that stopped at step {done} of {steps}. To go on with that one instead, press")
+            say("Ctrl-C, rename what is called .old back and use --resume.")
+
+
+class Progress:
+    """Tells how a run is going: a line for each piece of news and, on a terminal, one that is always new."""
+
+    def __init__(self, config, history, marks):
+        self.config, self.losses, self.begun = config, history["training"], len(history["training"])
+        self.ahead = [] if self.begun else list(marks.items())  # the yardsticks not yet passed
+
+    def tell(self, report):
+        """Note the report's training loss, and say what there is to say."""
+        self.losses.append(report.loss)
+        recent = self.losses[-20:]  # the loss of a single batch jumps about
+        training_loss, pace = sum(recent) / len(recent), report.seconds / (report.step - self.begun)
+        minutes, seconds = divmod(round(pace * (self.config.steps - report.step)), 60)
+        speed = self.config.batch_size * self.config.block_size / pace
+        line = f"step {report.step:,} of {self.config.steps:,}  training loss {training_loss:.3f}"
+        line += "" if report.held_out is None else f"  held-out loss {report.held_out:.4f}"
+        line += f"  {speed:,.0f} characters a second  {minutes}:{seconds:02} left"
+        news, live = report.held_out is not None, sys.stdout.isatty()
+        while self.ahead and len(recent) == 20 and training_loss < self.ahead[0][1]:
+            line, news = line + f"  (better than {self.ahead.pop(0)[0]})", True
+        width = shutil.get_terminal_size().columns - 1  # the line is written over, so it must fit
+        if news or live:
+            say("\r" * live + (line if news else line[:width].ljust(width)), end="\n" if news else "")
+
+
+@contextlib.contextmanager
+def noting_signals():
+    """Ctrl-C, or SIGTERM from the system, must not fall into the middle of a step: both are only noted.
+
+    Gives the list of those noted. A second one ends the program at once.
+    """
+    noted, before = [], {}
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():  # only there can signals be caught
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write(prompt, characters):
@@ -1142,108 +1235,43 @@ def run(given, how):
     out = Path(given.get("out", "gpt.pt"))
     unfinished = out.with_name(f"{out.stem}.resume{out.suffix}")
     device, processes = pick_device(given.get("device", "auto")), int(os.environ.get("WORLD_SIZE", 1))
-    config, start = settings_for(given, unfinished)
-    resuming = start if "resume" in given else None
-
-    # The text, and whether all fits together; nothing is written before everything has been checked.
-    path = find_text(given.get("data") or (resuming and resuming["data"]))
-    text = read_text(path)
-    B, T = config.batch_size, config.block_size
-    shortest = 10 * T + 1  # then a tenth of the text is one window and its targets
-    require(len(text) >= shortest, f"{path} has {len(text)} characters: a context of {T} needs {shortest}")
-    tokenizer = CharTokenizer(start["characters"]) if start else CharTokenizer.from_text(text)
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    same = not resuming or resuming["text"] == fingerprint
-    require(same, f"{path} is not the text that the run in {unfinished} began with")
-    unseen = Counter(c for c in text if c not in tokenizer.token_of) if start else Counter()
-    counts = ", ".join(f"{c!r} ({n} times)" for c, n in unseen.most_common(20))
-    require(not unseen, f"{path} has {len(unseen)} characters that the trained model never saw: {counts}")
-    written = (out.resolve(), unfinished.resolve())
-    require(path.resolve() not in written, f"--out {out} would overwrite the text")
+    config, start, path, text, tokenizer = prepare(given, out, unfinished, processes)
     number_format(config.dtype, device)  # raises if the device can't do it
-    require(B % processes == 0, f"--batch-size {B} can't be shared out evenly among {processes} processes")
-    config = replace(config, vocab_size=tokenizer.vocab_size)
     logging.getLogger("torch.utils.cpp_extension").setLevel("ERROR")  # --compile on a CPU misses no CUDA
     model = GPT(config)
     generate(model, tokenizer, **how)  # raises if the scene can't be written
     if start:
         model.load_state_dict(start["model"])
     model.to(device)
-
-    # What can be known without a model: the size of the task, and the yardsticks.
-    tokens = tokenizer.encode(text).to(device)  # (N,)
-    cut = len(tokens) * 9 // 10
-    different = count_pairs(tokens.cpu(), config.vocab_size).count_nonzero().item()
-    marks = yardsticks(tokens[:cut].cpu(), tokens[cut:].cpu(), config.vocab_size)
-    say(f"{path}: {len(text):,} characters, {config.vocab_size:,} different ones;", end=" ")
-    say(f"{different:,} of the {config.vocab_size**2:,} possible pairs occur.")
-    say(f"The last {len(text) - cut:,} are held out. Their loss by counting alone, in nats per character:")
-    say("    " + ", ".join(f"{name} {loss:.2f}" for name, loss in marks.items()))
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    say(f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context {T}:", end=" ")
-    say(f"{millions:.2f} million parameters, on {device}.")
+    tokens, cut = tokenizer.encode(text), len(text) * 9 // 10
+    marks = describe(path, tokens, cut, model)
+    tokens = tokens.to(device)
 
     # From here on there may be several processes. All of them train; only the first prints and saves.
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     first = place_among_processes()[0] == 0
-    history = resuming["history"] if resuming else {"training": [], "held_out": []}
-    if first and "plot" in given:
-        draw(given["plot"], history, marks)  # so that a mistake shows now and not after the training
+    resumed = start if "resume" in given else None
+    history = resumed["history"] if resumed else {"training": [], "held_out": []}
+    origin = {"history": history, "data": str(path), "text": fingerprint(text.encode())}
 
     def save_state(state):
-        more = {"history": history, "data": str(path), "text": fingerprint}
         if first:
-            save(unfinished, model, tokenizer, state | more)
+            save(unfinished, model, tokenizer, state | origin)
 
-    # A new run keeps what it finds under another name, and can be resumed from its very first step.
-    if first and not resuming:
-        for older in (out, unfinished):
-            if older.exists():
-                say(f"{older} was there and is kept as {older}.old.")
-                write_whole(f"{older}.old", older.read_bytes())
-        with contextlib.suppress(OSError, ValueError):  # there may be no earlier run
-            earlier = read_checkpoint(unfinished)
-            done, steps = earlier["step"], earlier["config"]["steps"]
-            if done < steps:
-                say(
-                    f"It is a run that stopped at step {done} of {steps}. To go on with that one instead,",
-                    end=" ",
-                )
-                say("press Ctrl-C, rename what is called .old back and use --resume.")
+    if first and "plot" in given:
+        draw(given["plot"], history, marks)  # so that a mistake shows now and not after the training
+    if first and not resumed:  # the run can be resumed from its very first step
+        set_aside(out, unfinished)
         save_state({"step": 0, "optimizer": make_optimizer(model, config).state_dict(), "scaler": {}})
 
-    # Ctrl-C, or SIGTERM from the system, must not fall into the middle of a step. It is only noted; when the
-    # step is done, the run saves and ends. A second one ends the program at once.
-    caught = []
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    main_thread = threading.current_thread() is threading.main_thread()  # only there can signals be caught
-    handlers = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
     # The run itself: `train` does the mathematics; after each step we look at its report and tell the news.
+    progress = Progress(config, history, marks)
     best = min((loss for _, loss in history["held_out"]), default=math.inf)
-    begun, live, width = len(history["training"]), sys.stdout.isatty(), shutil.get_terminal_size().columns - 1
-    start_of_line = "\r" if live else ""
-    ahead = [] if begun else sorted(marks.items(), key=lambda mark: -mark[1])  # yardsticks not yet passed
-    try:
-        for report in train(model, tokens[:cut], tokens[cut:], resuming):
-            history["training"].append(report.loss)
-            recent = history["training"][-20:]  # the loss of a single batch jumps about
-            training_loss, pace = sum(recent) / len(recent), report.seconds / (report.step - begun)
-            left = round(pace * (config.steps - report.step))
-            line = f"step {report.step:,} of {config.steps:,}  training loss {training_loss:.3f}"
-            line += f"  held-out loss {report.held_out:.4f}" if report.held_out is not None else ""
-            line += f"  {B * T / pace:,.0f} characters a second  {left // 60}:{left % 60:02} left"
-            passed = [name for name, loss in ahead if len(recent) == 20 and training_loss < loss]
-            ahead, line = ahead[len(passed) :], line + "".join(f"  (better than {name})" for name in passed)
+    with noting_signals() as noted:
+        for report in train(model, tokens[:cut], tokens[cut:], resumed):
+            progress.tell(report)
             look = report.held_out is not None
-            if passed or look:
-                say(start_of_line + line)
-            elif live:  # on a terminal one line is written over and over, and must not be wider than it
-                say(start_of_line + line[:width].ljust(width), end="")
             if look and first:
                 history["held_out"].append([report.step, report.held_out])
                 if report.held_out < best:  # saved before the state: a kill in between loses nothing
@@ -1253,16 +1281,13 @@ def run(given, how):
                 say("\n".join("    | " + line for line in sample.splitlines()[:3]))
                 if "plot" in given:
                     draw(given["plot"], history, marks)
-            stopped = sum_over_processes(float(len(caught)), device)  # when one process stops, all do
+            stopped = sum_over_processes(float(len(noted)), device)  # when one process stops, all do
             if look or stopped:
                 save_state(report.state())
             if stopped and report.step < config.steps:
                 command = "python gpt.py --resume" + (f" --out {out}" if "out" in given else "")
                 say(f"\nStopped after step {report.step:,}, and saved. To go on: {command}")
-                return 128 + (caught or [signal.SIGTERM])[0]
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+                return 128 + (noted or [signal.SIGTERM])[0]
 
     # The end: the best model, not the last, writes the scene.
     if first:
@@ -1270,12 +1295,10 @@ def run(given, how):
         say(f"The model with the lowest held-out loss, {best:.4f}, is in {out}. It writes:\n")
         write(how["prompt"], generate(model, tokenizer, **how))
         say("")
-        if NOTEBOOK and "plot" in given:
+        if NOTEBOOK and given.get("plot", "").endswith(".png"):
             from IPython.display import Image, display
 
-            picture = io.BytesIO()
-            draw(given["plot"], history, marks).savefig(picture, format="png")
-            display(Image(picture.getvalue()))
+            display(Image(filename=given["plot"]))
     return 0
 
 
