@@ -4,8 +4,8 @@
 # ///
 """
 This file is a complete language model: GPT-2's architecture, trained from nothing on Shakespeare, one
-character at a time, until it writes plays of its own. PyTorch does the arithmetic and works out gradients;
-all else is on this page.
+character at a time, until it writes plays of its own. PyTorch does the arithmetic, the gradients and the
+optimizer; all else is on this page.
 
 The same architecture can be trained badly or well, and most of what makes a model of this size good is how
 it is trained. This one reaches the loss of the usual tutorial recipe in a fraction of its time, and section
@@ -85,7 +85,7 @@ def setting(default, meaning, least=None, most=None):
 class Config:
     """All settings of a model and its training. Raises ValueError for a value that makes no sense."""
 
-    # The shape of the model. These four numbers are what "a bigger model" means.
+    # The shape of the model: what a trained model can no longer change.
     n_layer: int = setting(2, "blocks, one on top of the other (section 4)", least=1)
     n_head: int = setting(4, "attention heads in a block; must divide n_embd (section 2)", least=1)
     n_embd: int = setting(128, "width: the numbers that stand for one character (section 5)", least=1)
@@ -130,11 +130,8 @@ class Config:
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
-# Named sizes, for `--size`; each line says how it differs from the table. The wider the model, the smaller
-# its learning rate, about in inverse proportion: what a layer puts out is a sum over its width, and many
-# small changes add up. Decay works through the learning rate (section 7), so in small and medium it rises
-# as much. Only medium, which sees our text some twenty times, gets dropout, which makes tiny worse. (gpt2
-# is meant for a text a hundred times as long.)
+# Named sizes, for `--size`; each line says how it differs from the table, and section 7 says why. (gpt2 is
+# GPT-2's own shape, meant for a text a hundred times as long.)
 SIZES = {
     "tiny": dict(),
     "small": dict(n_layer=4, n_embd=256, steps=8000, lr=1e-3, weight_decay=0.6),
@@ -200,8 +197,9 @@ class CharTokenizer:
 
 
 # What is there to learn? The model's one task will be to guess the next character, over and over, from
-# those before it. It does not name one character but gives each a probability p, and we score it by -ln p
-# of the character that really came. That score is its *loss*, the mean of it over a text is the
+# those before it. It does not name one character but gives each a probability p, and pays -ln p for the
+# one that really came: its *loss*. (Why a logarithm? A text is as probable as all its characters'
+# probabilities multiplied; logarithms turn the product into a sum.) The mean over a text is the
 # *cross-entropy*, and its unit is the *nat*: certain and right costs 0, and each nat more means a
 # probability 2.7 times smaller. An even guess among 65 characters costs
 #
@@ -266,10 +264,10 @@ def yardsticks(training, held_out, vocab_size):
 # A position's query is multiplied by the key of every position, number by number, and the products are
 # summed (the *dot product*): that is its *score* for that position, large where the two fit. *Softmax*
 # turns the scores into shares: e to the power of each, divided by their sum, so that all are positive and
-# add up to 1. The result is the mean of the values, weighted by these shares. One thing more: the more
-# numbers in a vector, the larger the scores, and softmax would give nearly all to the largest, so scores
-# are first divided by the square root of that count. (In the code `@` multiplies matrices: here, all
-# queries by all keys.)
+# add up to 1. The result is the mean of the values, weighted by these shares. One thing more: a sum of
+# `head_size` products, `head_size` being how many numbers a query has, grows with the root of that count,
+# and large scores would make softmax give nearly all to the largest; so scores are first divided by that
+# root. (In the code `@` multiplies matrices: here, all queries by all keys.)
 #
 # Now the one rule a text imposes: a position may look back, never ahead, or it would read its answer
 # instead of guessing it. The *causal mask* sets the scores of later positions to minus infinity, so that
@@ -277,7 +275,7 @@ def yardsticks(training, held_out, vocab_size):
 
 
 def attention_by_hand(query, key, value):
-    """Attention as its formula says it. Arguments and result: T vectors of head_size, (..., T, head_size).
+    """Attention as its formula says it. Arguments and result: T vectors each, (..., T, head_size).
 
     Three positions, vectors of one number. All ask with the query 1. The third key fits better than the
     others, by ln 2, so it gets twice their share: 1/4, 1/4, 1/2. The first sees only itself, the second two.
@@ -300,18 +298,18 @@ def attention_by_hand(query, key, value):
 
 
 # A *linear layer* is the network's plainest part: it multiplies a vector by a table of numbers, its
-# *weights*, and adds a vector, its *biases*. Both are parameters. (In PyTorch a layer is an `nn.Module`, an
-# object that keeps its parameters; calling it, `layer(x)`, runs its `forward`. `.training` is true in
-# training and false after `.eval()`.) One linear layer makes query, key and value in one go. We do not
-# attend once but `n_head` times side by side, each *head* with its own slice of query, key and value,
-# `head_size` numbers, so that one can watch the last letter while another watches the speaker's name. A
-# last linear layer mixes what the heads have found. The names are those of GPT-2's own files: `c_attn`
-# makes query, key and value, and `c_proj` projects back to width C.
+# *weights*, and adds a vector, its *biases*. Both are parameters. (In PyTorch a layer is an `nn.Module`,
+# an object that keeps its parameters; calling it, `layer(x)`, runs its `forward`. `.train()` and `.eval()`
+# tell it whether it is being trained; `.training` remembers.) One linear layer makes query, key and value
+# in one go. We do not attend once but `n_head` times side by side, each *head* with its own slice of
+# query, key and value, so that one can watch the last letter while another watches the speaker's name:
+# `head_size` is C / n_head. A last linear layer mixes what the heads have found. The names are those of
+# GPT-2's own files: `c_attn` makes query, key and value, and `c_proj` projects back to width C.
 #
 # *Dropout* (Srivastava et al., 2014) blanks out a random share of the numbers that a layer puts out, in
 # training only, and enlarges the rest to make up for it. No part can then rely on a few others, which
-# hinders learning by heart. It also slows learning, so it pays where a large model sees a small text many
-# times; tiny, which sees ours not quite three times, does without.
+# hinders learning by heart. It also slows learning, so it pays only where a large model sees a small text
+# many times.
 
 
 class Linear(nn.Linear):
@@ -334,7 +332,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with several heads. (B, T, C) -> (B, T, C)"""
+    """Attention of a text to itself, to what came before, with several heads. (B, T, C) -> (B, T, C)"""
 
     def __init__(self, config):
         super().__init__()
@@ -367,7 +365,8 @@ class Attention(nn.Module):
 # >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
 # tensor([-0.0000, -0.1600,  0.0000,  0.8400,  3.0000])
 #
-# Two thirds of all weights of a block are here; most of what a model knows by heart is kept in them.
+# Two thirds of a block's weights are here, and much of what a model knows by heart seems to be kept in them
+# (Geva et al., 2021).
 
 
 class MLP(nn.Module):
@@ -393,9 +392,10 @@ class MLP(nn.Module):
 # transformer".
 #
 # *Layer normalization* (Ba et al., 2016) comes before each half: it shifts and scales every vector to mean
-# 0 and standard deviation 1, then applies a learned scale and shift of its own. So each layer gets input of
-# the same size whatever those below have piled up. Putting it before the half rather than after is GPT-2's
-# change to the first transformer, and makes deep models much easier to train.
+# 0 and standard deviation 1 (`eps` saves it from dividing by 0 where all numbers are equal), then applies
+# a learned scale and shift of its own. So each layer gets input of the same size whatever those below have
+# piled up. The first transformer normalized after each half; GPT-2 does it before, which leaves the stream
+# itself untouched and makes deep models much easier to train (Xiong et al., 2020, say why).
 
 
 class Block(nn.Module):
@@ -423,8 +423,8 @@ class Block(nn.Module):
 # *weight tying* (Press and Wolf, 2017): a character is read and written with the same vector, and learned
 # once.
 #
-# Count the parameters: the two tables, in each block 12 C² weights and 13 C biases and scales, and a last
-# layer normalization.
+# Count the parameters: the two tables; in each block 12 C² weights, 9 C biases, and 4 C numbers in its two
+# layer normalizations; and a last layer normalization.
 #
 # >>> def count(V, T, C, n_layer): return V * C + T * C + n_layer * (12 * C * C + 13 * C) + 2 * C
 # >>> configs = [Config(**size) for size in SIZES.values()]
@@ -432,28 +432,32 @@ class Block(nn.Module):
 # ['0.4 M', '3.2 M', '10.8 M', '85.9 M']
 #
 # The *initial weights* must be random: if all started equal, all rows of a matrix would be changed in the
-# same way and stay alike forever. How large they are (their *standard deviation*, the typical distance from
-# 0) matters more than it seems. GPT-2 drew them at 0.02, not far off at its widths of 768 to 1,600. But
-# what a layer puts out is a sum of C products, and a sum of C random terms grows with the root of C;
+# same way and stay alike forever. How large they are (their *standard deviation*, the typical distance
+# from 0) matters more than it seems. GPT-2 drew them at 0.02, not far off at its widths of 768 to 1,600.
+# But what a layer puts out is a sum of C products, and a sum of C random terms grows with the root of C;
 # weights of 1 / sqrt(C) cancel that, so that what comes out is as large as what went in. That is 0.088 at
 # width 128. With 0.02 every layer answers four times too faintly, and the first hundreds of steps go into
-# making them louder. Layers that write to the residual stream start smaller by a factor of sqrt(2 *
-# n_layer), as in GPT-2, so that the stream does not grow with the number of layers.
+# making them louder. The tables get the same spread, which makes each of their rows a vector of length 1.
+# Layers that write to the residual stream start smaller by a factor of sqrt(2 * n_layer), as in GPT-2, so
+# that the stream does not grow with the number of layers.
 #
 # One more thing need not start at random. What predicts a character best are the few just before it, so a
-# model of text must first learn to look there. But token and position are added, number by number, and with
-# both at random no query can ask for a place without half of its answer being about characters; nor does
-# anything in a random table say which position comes just before which. Learning both takes hundreds of
-# steps. So we give the heads a start, in three moves, and training may change all of it:
+# model of text must first learn to look there. That is hard to find: token and position are added, so
+# whatever a query asks about a place picks up something of the character too; and in a random table
+# nothing says which position comes just before which. So we give the heads a start, in three moves, and
+# training may change all of it:
 #
-#     - *what* and *where* get channels of their own: a token's vector starts as 0 in the last quarter of
-#       the channels, a position's in all others;
-#     - queries and keys read only that last quarter;
-#     - positions start as clock hands, C/8 of them, each at a pace of its own: one channel holds the sine,
-#       another the cosine of the hand's angle. (The first transformer had such waves, never trained.) One
-#       position back turns each hand by a fixed angle, wherever one is. So the queries of head d start as
-#       its keys with every hand turned back by d positions: the query at p then equals the key at p - d,
-#       and the score is highest there. Head 1 looks one character back, head 2 looks two, and so on.
+#     - *what* and *where* get channels of their own: a token's vector starts as 0 in the last quarter of the
+#       channels, a position's in all others;
+#     - in the first block, queries and keys read only that last quarter, values only the rest;
+#     - positions start as C / 8 clock hands, each with a pace of its own: one channel holds the sine, another
+#       the cosine of the hand's angle. (The first transformer had such waves, never trained.) One position
+#       back then turns each hand by its own fixed angle, wherever one is.
+#
+# So the query weights of a head can be its key weights with every hand turned back by d positions: the
+# query at p then equals the key at p - d, and of vectors of one length those that are equal have the
+# largest dot product. Head 1 of the first block starts by looking one character back, head 2 two, and so
+# on. (Above it the channels have been mixed, and heads start at random.)
 
 
 class GPT(nn.Module):
@@ -491,16 +495,16 @@ class GPT(nn.Module):
         pace = math.pi * (torch.arange(hands) + 0.5) / hands  # (hands,) each hand's turn from one to the next
         angle = torch.arange(self.config.block_size)[:, None] * pace  # (T, hands)
         self.wte.weight[:, where:] = 0
+        self.wte.weight *= math.sqrt(C / where)  # each row as long as before
         self.wpe.weight[:, :where] = 0
-        self.wpe.weight[:, where:] = torch.cat([angle.sin(), angle.cos()], dim=1) * std * math.sqrt(2)
-        for block in self.h:
-            queries, keys, _ = block.attn.c_attn.weight.split(C)  # (C, C) each, one head below the other
-            queries[:, :where] = keys[:, :where] = 0
-            keys *= 2  # a quarter of the channels: twice the weight, for a sum as large as before
-            for d, (query, key) in enumerate(zip(queries.chunk(n_head), keys.chunk(n_head)), start=1):
-                sine, cosine = key[:, where:].chunk(2, dim=1)  # (head_size, hands) each
-                a, b = (pace * d).cos(), (pace * d).sin()  # (hands,) each
-                query[:, where:] = torch.cat([sine * a + cosine * b, cosine * a - sine * b], dim=1)
+        self.wpe.weight[:, where:] = torch.cat([angle.sin(), angle.cos()], dim=1) * std * math.sqrt(C / hands)
+        queries, keys, values = self.h[0].attn.c_attn.weight.split(C)  # (C, C) each, one head below the other
+        queries[:, :where] = keys[:, :where] = values[:, where:] = 0
+        keys *= 3  # so large that a head's shares go nearly all to one place
+        for d, (query, key) in enumerate(zip(queries.chunk(n_head), keys.chunk(n_head)), start=1):
+            sine, cosine = key[:, where:].chunk(2, dim=1)  # (head_size, hands) each
+            a, b = (pace * d).cos(), (pace * d).sin()  # (hands,) each
+            query[:, where:] = torch.cat([sine * a + cosine * b, cosine * a - sine * b], dim=1)
 
     def forward(self, tokens, cache=None, start=0):
         """Raises ValueError if the tokens don't fit the context. `cache` and `start` belong to section 8."""
@@ -519,8 +523,9 @@ class GPT(nn.Module):
 # Training shows the model stretches of text with the question "what comes next?" at every position at once:
 # a stretch of T characters asks T questions, and the mask keeps each from seeing its answer. The targets
 # are the inputs moved on by one. A *batch* of B stretches is worked through together, since a processor
-# multiplies one large matrix faster than many small ones, up to the size that keeps it busy. Beyond that a
-# larger one only leaves fewer steps to learn in, for the same amount of text.
+# multiplies one large matrix faster than many small ones, up to the size that keeps it busy. A still
+# larger batch makes each gradient (section 7) a little surer, but for the same amount of text it leaves
+# fewer steps to learn in.
 #
 # Where do the stretches begin? Anywhere, by chance. But chance that can be repeated: a *seed* is a number
 # from which a generator of random numbers starts, and the same seed gives the same numbers forever. Step s
@@ -552,7 +557,7 @@ def get_batch(tokens, batch_size, block_size, seed, step):
 # were a little larger, how much would the loss rise or fall? These numbers are the *gradient*, and PyTorch
 # works them out backwards from the loss through everything that led to it (`loss.backward()`). The
 # *optimizer* then moves each parameter a little the other way. That is all; what remains is how far to
-# move, how fast, and how to judge.
+# move, in which direction exactly, and how to judge the result.
 #
 # *The learning rate* is how far. Too small wastes time, too large throws away what was learned; what is
 # right is large early and small at the end, after a short run-up. *Warm-up*: over the first steps it rises
@@ -582,12 +587,23 @@ def learning_rate(step, config):
 # (over about the last 1 / (1 - 0.9) = 10 steps) and of its square (over about 1 / (1 - beta2) = 100), and
 # moves by the learning rate times the first divided by the root of the second. That quotient is near 1
 # while the gradients agree and near 0 while they cancel, whether they are large or tiny; plain gradient
-# descent would need a rate of its own for each kind of layer.
+# descent would need a rate of its own for each kind of layer. In its first step, a gradient of 100 and one
+# of 0.001 move their parameters equally far:
+#
+# >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
+# >>> weight.grad = torch.tensor([100.0, 0.001])
+# >>> torch.optim.AdamW([weight], lr=0.1, weight_decay=0).step()
+# >>> weight.data
+# tensor([0.9000, 0.9000])
 #
 # *Weight decay*, the W, shrinks each weight in every step by a small share of itself, the learning rate
 # times `weight_decay`. What the data does not keep asking for fades, which keeps weights small and the
 # model from learning the text by heart. Only the matrices decay: biases and scales are few, and there is
 # little to be remembered in them.
+#
+# *Gradient clipping* (Pascanu et al., 2013): now and then a batch is so odd that its gradient, all its
+# numbers taken as one long arrow, is many times longer than usual; before each step it is shortened to
+# length 1, so that one bad step does not undo many.
 
 
 def make_optimizer(model, config):
@@ -602,13 +618,14 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
 
 
-# *Precision.* A float32 number has 24 bits of precision, more than training needs. GPUs multiply 16-bit
-# numbers several times faster. bfloat16 keeps float32's range and gives up precision; float16 does the
-# reverse, so that small gradients would become 0 unless the loss is scaled up first and the gradients down
-# after (`GradScaler`). In *mixed precision* (`autocast`; Micikevicius et al., 2018) only the
-# multiplications run in 16 bits, while weights, sums and the optimizer stay in float32. `auto` takes
-# bfloat16 on GPUs that have it in hardware (2020 and later), float16 on older ones such as Colab's T4
-# (which accepts bfloat16 but only imitates it, slowly), and float32 elsewhere.
+# *Precision.* A float32 number has 24 bits of precision, more than training needs, and GPUs multiply
+# 16-bit numbers several times faster. There are two kinds. bfloat16 can hold numbers as large and as small
+# as float32 can, but only to 8 bits of precision. float16 has 11 bits, but below 0.00000006 everything is
+# 0, small gradients too, unless the loss is scaled up first and the gradients down after (`GradScaler`).
+# In *mixed precision* (`autocast`; Micikevicius et al., 2018) only the multiplications run in 16 bits,
+# while weights, sums and the optimizer stay in float32. `auto` takes bfloat16 on GPUs that have it in
+# hardware (2020 and later), float16 on older ones such as Colab's T4 (which accepts bfloat16 but only
+# imitates it, slowly), and float32 elsewhere.
 
 
 def number_format(dtype, device):
@@ -671,10 +688,6 @@ def evaluate(model, tokens):
     return sum_over_processes(total, device) / questions
 
 
-# *Gradient clipping* (Pascanu et al., 2013): now and then a batch is so odd that its gradient, all its
-# numbers taken as one long arrow, is many times longer than usual; shortening it to length 1 keeps one bad
-# step from undoing many.
-#
 # These settings together are the *recipe*, and the recipe is what makes this file fast. Here is what each
 # part of it is worth to tiny. We begin with the usual recipe (weights at 0.02, 12 stretches of 64
 # characters a step, a rate that climbs to 1e-3 in 100 steps and falls to a tenth of it, weight decay 0.1)
@@ -741,16 +754,16 @@ def train(model, training, held_out, state=None):
             group["lr"] = learning_rate(step, config)
         torch.manual_seed(seed_of(config.seed, step * processes + rank))  # dropout's dice
         batch = get_batch(training, config.batch_size, config.block_size, config.seed, step)
-        inputs, targets = (part.chunk(processes)[rank] for part in batch)  # (B, T) each: this process's share
+        inputs, targets = (part.chunk(processes)[rank] for part in batch)  # our share: (B / processes, T)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = network(inputs).float().flatten(0, 1)  # (B, T) -> (B * T, V)
             loss = F.cross_entropy(logits, targets.flatten())  # softmax, then the mean of -ln p: one number
         optimizer.zero_grad()  # gradients add up unless they are cleared
-        scaler.scale(loss).backward()
+        scaler.scale(loss).backward()  # the scaler acts in float16 only; elsewhere this is loss.backward(),
         scaler.unscale_(optimizer)
         if config.grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # and this is optimizer.step()
         scaler.update()
         mean_loss = sum_over_processes(loss.item(), device) / processes
         seconds += time.perf_counter() - began
@@ -876,6 +889,10 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # for a smaller cache (grouped heads, Ainslie et al., 2023). Then comes *post-training*: the finished model
 # goes on learning from conversations and from people's preferences (Ouyang et al., 2022), which turns a
 # continuer of texts into an assistant.
+#
+# To read on: the papers named here are shorter than their fame suggests, and GPT-2's is a good first one;
+# "The Annotated Transformer" (Rush, 2018) sets the first transformer's paper beside its code; and nanoGPT
+# (Karpathy, 2022) trains GPT-2 itself on many GPUs, with a model and a loop of some 300 lines each.
 
 
 # %% 9. Around the lesson
