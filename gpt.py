@@ -1197,7 +1197,7 @@ class Progress:
 
     def __init__(self, config, history, marks):
         self.config, self.losses, self.begun = config, history["training"], len(history["training"])
-        self.ahead = [] if self.begun else list(marks.items())  # the yardsticks not yet passed
+        self.ahead = [] if self.begun else sorted(marks.items(), key=lambda mark: -mark[1])  # not yet passed
 
     def tell(self, report):
         """Note the report's training loss, and say what there is to say."""
@@ -1212,9 +1212,11 @@ class Progress:
         news, live = report.held_out is not None, sys.stdout.isatty()
         while self.ahead and len(recent) == 20 and training_loss < self.ahead[0][1]:
             line, news = line + f"  (better than {self.ahead.pop(0)[0]})", True
-        width = shutil.get_terminal_size().columns - 1  # the line is written over, so it must fit
-        if news or live:
-            say("\r" * live + (line if news else line[:width].ljust(width)), end="\n" if news else "")
+        if news:
+            say(("\r" if live else "") + line)
+        elif live:  # written over and over, it must not be wider than the terminal
+            width = shutil.get_terminal_size().columns - 1
+            say("\r" + line[:width].ljust(width), end="")
 
 
 @contextlib.contextmanager

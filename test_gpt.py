@@ -681,6 +681,33 @@ def test_the_best_model_is_kept_and_not_the_last(in_folder, monkeypatch):
     assert last["history"]["held_out"][-1] == [30, 2.5] and not same(best["model"], last["model"])
 
 
+def test_a_run_whose_loss_explodes_says_so_and_keeps_its_last_good_model(in_folder, monkeypatch, capsys):
+    rate = gpt.learning_rate
+    monkeypatch.setattr(gpt, "learning_rate", lambda step, config: rate(step, config) if step < 12 else 1e38)
+    assert gpt.main([*SMALL_FLAGS, "--steps", "20", "--eval-every", "10"]) == 1
+    err = capsys.readouterr().err
+    assert "no longer a finite number at step" in err and "--lr" in err and err.count("\n") == 1
+    assert gpt.load("gpt.pt")[0].config.steps == 20  # whole, and every number finite
+
+
+@pytest.mark.parametrize(
+    "error, flags, advice",
+    [
+        (MemoryError(), [], "lower --batch-size"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 8 GiB"), [], "lower --batch-size"),
+        (RuntimeError("Failed to find C++ compiler"), ["--compile"], "leave --compile out"),
+    ],
+)
+def test_a_failure_that_a_flag_can_mend_names_the_flag(error, flags, advice, in_folder, monkeypatch, capsys):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(gpt, "get_batch", fail)
+    assert gpt.main([*SMALL_FLAGS, *flags, "--steps", "2"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("gpt.py: ") and advice in err and err.count("\n") == 1
+
+
 def test_an_older_model_is_kept(in_folder, capsys):
     flags = [*SMALL_FLAGS, "--steps", "2"]
     gpt.main(flags)
