@@ -93,7 +93,7 @@ class Config:
     block_size: int = setting(128, "context: characters that the model looks back on (section 2)", least=1)
     # Where training starts from (section 5).
     init_std: float = setting(None, "spread of the initial weights (default: 1/sqrt(n_embd))", least=0)
-    head_start: bool = setting(True, "start with each head looking a few characters back")
+    head_start: bool = setting(True, "start with the first block's heads looking a few characters back")
     # What one step of training learns from (section 6).
     batch_size: int = setting(8, "stretches of text in a step", least=1)
     # How many steps, and how far each goes (section 7).
@@ -267,15 +267,16 @@ def yardsticks(training, held_out, vocab_size):
 # turns the scores into shares: e to the power of each, divided by their sum, so that all are positive and
 # add up to 1. The result is the mean of the values, weighted by these shares. One thing more: a query has
 # `head_size` numbers, and a sum of that many products, some positive and some negative, typically grows
-# with the root of their number. Large scores would make softmax give nearly all to the largest; so scores
-# are first divided by that root. (In the code `@` multiplies matrices: here, all queries by all keys.)
+# with the root of their number. Large scores would make softmax give nearly all to the largest, which at
+# the start is the largest by chance; so scores are first divided by that root. (In the code `@` multiplies
+# matrices: here, all queries by all keys.)
 #
 # Now the one rule a text imposes: a position may look back, never ahead, or it would read its answer
 # instead of guessing it. The *causal mask* sets the scores of later positions to minus infinity, so that
 # softmax makes their shares 0. Without it the loss falls to 0.03, and what the model writes is nonsense,
-# since then there is nothing ahead to read. (Such prices of leaving a part out stand in each section: the
-# held-out loss of tiny after 500 steps without it. With all parts it is 1.87; without attention 2.54, no
-# better than counting pairs.)
+# because when it writes there is nothing ahead to read. (Such prices of leaving a part out stand in each
+# section: the held-out loss of tiny after 500 steps without it. With all parts it is 1.87; without
+# attention 2.54, no better than counting pairs.)
 
 
 def attention_by_hand(query, key, value):
@@ -352,7 +353,7 @@ class Attention(nn.Module):
         if cache is not None:  # only when writing; section 8 explains it
             cache[:, :, :, start : start + T] = qkv[1:]  # (2, B, n_head, T, head_size)
             k, v = cache[:, :, :, : start + T].unbind()  # (B, n_head, start + T, head_size) each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # one query, the newest, sees all
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # T = 1: the newest sees all
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, head_size) -> (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
 
@@ -460,10 +461,11 @@ class Block(nn.Module):
 #       the cosine of the hand's angle. (The first transformer had such waves, never trained.) Going back one
 #       position then turns each hand by its own fixed angle, wherever one is.
 #
-# So the query weights of a head can be its key weights with every hand turned back by d positions: the
-# query at p then equals the key at p - d, and among vectors of the same length the dot product is largest
-# between equal ones. Head 1 of the first block starts by looking one character back, head 2 two, and so
-# on. (Above it the channels have been mixed, and heads start at random.) The loss without: 2.27.
+# So the query weights of a head can be its key weights with every hand turned back by d positions: but for
+# what normalization changes, the query at p then equals the key at p - d, and among vectors of the same
+# length the dot product is largest between equal ones. Head 1 of the first block starts by looking one
+# character back, head 2 two, and so on. (Above it the channels have been mixed, and heads start at
+# random.) The loss without: 2.27.
 
 
 class GPT(nn.Module):
@@ -503,12 +505,13 @@ class GPT(nn.Module):
         self.wte.weight[:, where:] = 0
         self.wte.weight *= math.sqrt(C / where)  # each row as long as before
         self.wpe.weight[:, :where] = 0
+        # A hand's sine and cosine have length 1 together, a row of them sqrt(hands): back to the old length.
         self.wpe.weight[:, where:] = torch.cat([angle.sin(), angle.cos()], dim=1) * std * math.sqrt(C / hands)
         # Of a layer's weights, each row makes one number, and each column reads one channel. These are views:
         # to write to them is to change the layer. Rows of the same head stand together.
         queries, keys, values = self.h[0].attn.c_attn.weight.split(C)  # (C, C) each
         queries[:, :where] = keys[:, :where] = values[:, where:] = 0
-        keys *= 3  # and so, below, the queries: a head's shares shall go nearly all to one place
+        keys *= 3  # and so, below, the queries: here it is not by chance that one score is the largest
         for d, (query, key) in enumerate(zip(queries.chunk(n_head), keys.chunk(n_head)), start=1):
             sine, cosine = key[:, where:].chunk(2, dim=1)  # (head_size, hands) each
             a, b = (pace * d).cos(), (pace * d).sin()  # (hands,) each, for sin(x - y) and cos(x - y):
@@ -714,9 +717,10 @@ def evaluate(model, tokens):
 #
 # Three of these cost nothing but a thought and gain most: how large the weights start, how far the steps
 # go, where the heads look first. (In 500 steps the head start alone gains 0.4.) The schedule gains nothing
-# here, but it suits any number of steps; decay and smaller batches gain next to nothing, and the rest is
-# patience. With the usual recipe, spending as much computation on a larger model, and so on fewer steps,
-# loses: four layers come to 2.10, a width of 256 to 2.05, and eight heads stay at 1.90.
+# here, but it suits any number of steps; decay and smaller batches gain next to nothing, longer contexts a
+# little, and the rest is patience. With the usual recipe, spending as much computation on a larger model,
+# and therefore on fewer steps, loses: four layers come to 2.10, a width of 256 to 2.05, and eight heads
+# stay at 1.90.
 #
 # In time: the usual tutorial model, four layers trained for longer with the usual recipe, took two cores
 # 86 seconds to come to 1.90; ours, given settings for haste, took 11 (`--block-size 64 --lr 3e-3 --steps
@@ -725,7 +729,7 @@ def evaluate(model, tokens):
 # The other sizes follow from tiny. The wider the model, the smaller its learning rate, about in inverse
 # proportion: what a layer puts out is a sum over its width, and many small changes add up. Decay works
 # through the learning rate, so in small and medium it rises as much as that falls. Medium, which reads our
-# text some twenty times, gets dropout; tiny and small, which read it three and seven times, are better off
+# text some twenty times, gets dropout; tiny and small, which read it two and seven times, are better off
 # without.
 
 
@@ -776,11 +780,11 @@ def train(model, training, held_out, state=None):
             logits = network(inputs).float().flatten(0, 1)  # (B, T) -> (B * T, V)
             loss = F.cross_entropy(logits, targets.flatten())  # softmax, then the mean of -ln p: one number
         optimizer.zero_grad()  # gradients add up unless they are cleared
-        scaler.scale(loss).backward()  # except in float16, loss.backward()
+        scaler.scale(loss).backward()  # except in float16, the same as loss.backward()
         scaler.unscale_(optimizer)  # the gradients back to their true size
         if config.grad_clip:
             nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        scaler.step(optimizer)  # except in float16, optimizer.step()
+        scaler.step(optimizer)  # except in float16, the same as optimizer.step()
         scaler.update()
         mean_loss = sum_over_processes(loss.item(), device) / processes
         seconds += time.perf_counter() - began
@@ -1038,15 +1042,15 @@ def read_checkpoint(path, otherwise="train a model first: python gpt.py"):
             warnings.simplefilter("ignore")  # torch warns of files that are not its own; we refuse them
             found = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = Config(**found["config"]), found["model"]
-        require(len(weights) == 12 * config.n_layer + 4, "wrong number of weights")
+        require(len(weights) == 12 * config.n_layer + 4, "wrong number of weights")  # 12 in each block
         require(len(set(found["characters"])) == config.vocab_size, "wrong number of characters")
         GPT(config).load_state_dict(weights)  # compares all names and shapes
         tensors = list(weights.values())
         if "optimizer" in found:
-            moments = [t for entry in found["optimizer"]["state"].values() for t in entry.values() if t.dim()]
+            means = [t for entry in found["optimizer"]["state"].values() for t in entry.values() if t.dim()]
             shapes = 2 * [t.shape for t in tensors] if found["step"] > 0 else []
-            require(sorted(t.shape for t in moments) == sorted(shapes), "wrong shapes of the optimizer")
-            tensors += moments
+            require(sorted(t.shape for t in means) == sorted(shapes), "wrong shapes of the optimizer")
+            tensors += means
         require(all(torch.isfinite(tensor).all() for tensor in tensors), "numbers that are not finite")
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
@@ -1231,7 +1235,7 @@ class Progress:
     def tell(self, report):
         """Note the report's training loss, and say what there is to say."""
         self.losses.append(report.loss)
-        recent = self.losses[-20:]  # the loss of a single batch jumps about
+        recent = self.losses[-20:]
         training_loss, pace = sum(recent) / len(recent), report.seconds / (report.step - self.begun)
         minutes, seconds = divmod(round(pace * (self.config.steps - report.step)), 60)
         speed = self.config.batch_size * self.config.block_size / pace
