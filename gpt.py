@@ -355,7 +355,8 @@ class Attention(nn.Module):
             k, v = cache[:, :, :, : start + T].unbind()  # (B, n_head, start + T, head_size) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # T = 1: the newest sees all
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, head_size) -> (B, T, C)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
+        y = self.c_proj(y)  # (B, T, C)
+        return F.dropout(y, self.dropout) if self.training else y
 
 
 # %% 3. The MLP
@@ -385,7 +386,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = F.gelu(self.c_fc(x))  # (B, T, C) -> (B, T, 4 * C)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, 4 * C) -> (B, T, C)
+        x = self.c_proj(x)  # (B, T, 4 * C) -> (B, T, C)
+        return F.dropout(x, self.dropout) if self.training else x
 
 
 # %% 4. The block
@@ -524,7 +526,7 @@ class GPT(nn.Module):
         room = self.config.block_size
         require(start + T <= room, f"{start + T} characters don't fit a context of {room}")
         x = self.wte(tokens) + self.wpe.weight[start : start + T]  # (B, T, C) + (T, C) -> (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(x, self.config.dropout) if self.training else x
         for layer, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[layer], start)  # (B, T, C)
         return F.linear(self.ln_f(x), self.wte.weight)  # dot products: (B, T, C) -> (B, T, V)
