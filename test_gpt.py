@@ -339,11 +339,11 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ends():
 
 
 def test_dropout_is_on_in_training_and_off_otherwise():
-    model = gpt.GPT(replace(SMALL, dropout=0.5))
-    tokens = TOKENS[None, :16].long()
-    assert not torch.equal(model(tokens), model(tokens))
-    model.eval()
-    assert torch.equal(model(tokens), model(tokens))
+    model, tokens = gpt.GPT(replace(SMALL, dropout=0.5)), TOKENS[None, :16].long()
+    x = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(1))
+    for part, given in [(model, tokens), (model.h[0].attn, x), (model.h[1].mlp, x)]:
+        assert not torch.equal(part.train()(given), part(given))
+        assert torch.equal(part.eval()(given), part(given))
 
 
 def test_long_gradients_are_cut_to_length():
