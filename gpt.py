@@ -41,6 +41,7 @@ it, before and after, and the letters always mean the same:
 # they are arguments (`Config(n_layer=4)`).
 
 import argparse
+import atexit
 import builtins
 import contextlib
 import functools
@@ -54,7 +55,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import urllib.request
 import warnings
@@ -658,9 +658,8 @@ def number_format(dtype, device):
 
 
 def place_among_processes():
-    """This process's number from 0, its *rank*, and how many there are."""
-    together = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    """This process's number from 0, its *rank*, and how many there are, as `torchrun` tells it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def sum_over_processes(number, device):
@@ -931,7 +930,7 @@ TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def say(line, end="\n"):
     """A line of news; of several processes only the first says it."""
-    if os.environ.get("RANK", "0") == "0":
+    if place_among_processes()[0] == 0:
         print(line, end=end, flush=True)
 
 
@@ -940,7 +939,7 @@ def write_whole(path, content):
 
     The bytes go to a file beside it, are flushed to the disk, and only then take its name. Raises OSError.
     """
-    beside = Path(f"{path}{os.environ.get('RANK', '')}.part")
+    beside = Path(f"{path}.{place_among_processes()[0]}.part")
     try:
         with open(beside, "wb") as file:
             file.write(content)
@@ -958,25 +957,22 @@ def fingerprint(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def find_text(name):
-    """The path of the text. None means input.txt, here or beside this file, or fetched if there is none."""
-    if name is not None:
-        return Path(name)
-    beside = Path(globals().get("__file__", "")).parent / "input.txt"  # a notebook has no __file__
-    for path in (Path("input.txt"), beside):
+def find_text():
+    """The path of input.txt, here or beside this file, or fetched if there is none. Raises OSError."""
+    here = Path("input.txt")
+    for path in (here, Path(globals().get("__file__", "")).parent / here):  # a notebook has no __file__
         if path.exists():
             return path
     say(f"There is no input.txt here: fetching Tiny Shakespeare from {TEXT_URL}")
-    advice = "put a text here as input.txt, or name one with --data"
     try:
         with urllib.request.urlopen(TEXT_URL, timeout=30) as answer:
             content = answer.read()
-    except Exception as error:  # no network, or an answer that breaks off
+        require(fingerprint(content) == TEXT_SHA256, "what came is not Tiny Shakespeare")
+    except Exception as error:  # no network, an answer that breaks off, or another text
+        advice = "put a text here as input.txt, or name one with --data"
         raise OSError(f"can't fetch a text ({error}): {advice}") from None
-    genuine = fingerprint(content) == TEXT_SHA256
-    require(genuine, f"what came from {TEXT_URL} is not Tiny Shakespeare: {advice}")
-    write_whole("input.txt", content)
-    return Path("input.txt")
+    write_whole(here, content)
+    return here
 
 
 def read_text(path):
@@ -1000,17 +996,18 @@ def pick_device(name="auto"):
     """The torch.device of this name. Raises ValueError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    present = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
-    kind, _, number = name.partition(":")
-    known = kind in present and (number or "0").isdigit()
-    require(known, f"unknown --device {name!r}: choose auto, cpu, cuda, cuda:1 (the second GPU) or mps")
-    index = int(number or os.environ.get("LOCAL_RANK", 0) if kind == "cuda" else number or 0)
-    require(index < present[kind], f"there is no --device {name} here; auto takes the best that there is")
-    if kind != "cuda":
-        return torch.device(kind)
-    torch.cuda.set_device(index)
-    torch.set_float32_matmul_precision("high")  # TF32: float32 products of fewer bits, on GPUs that have it
-    return torch.device(kind, index)  # of several processes, each takes its own
+    if name == "cuda":  # of several processes, each takes a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.zeros(1, device=name).item()  # the proof of a device is that it works
+    except Exception:
+        advice = "choose auto, cpu, cuda, cuda:1 (the second GPU) or mps"
+        raise ValueError(f"--device {name} is not to be had here: {advice}") from None
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32: products of fewer bits, on GPUs that have it
+    return device
 
 
 # A *checkpoint* is a model in a file, and a run writes two. `gpt.pt` is the model with the lowest held-out
@@ -1043,15 +1040,14 @@ def read_checkpoint(path, otherwise="train a model first: python gpt.py"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of files that are not its own; we refuse them
             found = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights = Config(**found["config"]), found["model"]
-        require(len(weights) == 12 * config.n_layer + 4, "wrong number of weights")  # 12 in each block
+        config, tensors = Config(**found["config"]), list(found["model"].values())
+        require(len(tensors) == 12 * config.n_layer + 4, "wrong number of weights")  # 12 in each block
         require(len(set(found["characters"])) == config.vocab_size, "wrong number of characters")
-        GPT(config).load_state_dict(weights)  # compares all names and shapes
-        tensors = list(weights.values())
-        if "optimizer" in found:
+        GPT(config).load_state_dict(found["model"])  # compares all names and shapes
+        if found.get("step"):  # then the optimizer has its two means for each weight
             means = [t for entry in found["optimizer"]["state"].values() for t in entry.values() if t.dim()]
-            shapes = 2 * [t.shape for t in tensors] if found["step"] > 0 else []
-            require(sorted(t.shape for t in means) == sorted(shapes), "wrong shapes of the optimizer")
+            shapes = sorted(2 * [t.shape for t in tensors])
+            require(sorted(t.shape for t in means) == shapes, "wrong shapes of the optimizer")
             tensors += means
         require(all(torch.isfinite(tensor).all() for tensor in tensors), "numbers that are not finite")
     except Exception as error:
@@ -1077,12 +1073,8 @@ def draw(path, history, marks):
         raise ValueError(f"--plot needs matplotlib: {advice}") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per character)")
-    losses = torch.tensor(history["training"])
-    piece = max(1, len(losses) // 200)  # means over short stretches: single batches jump about
-    means = losses[: len(losses) // piece * piece].view(-1, piece).mean(1)
-    axes.plot([piece * (i + 1) for i in range(len(means))], means.tolist(), label="training")
-    if history["held_out"]:
-        axes.plot(*zip(*history["held_out"]), marker="o", label="held out")
+    axes.plot(range(1, len(history["training"]) + 1), history["training"], linewidth=0.5, label="training")
+    axes.plot(*zip(*history["held_out"]), marker="o", label="held out")
     for (name, loss), style in zip(marks.items(), (":", "-.", "--")):
         axes.axhline(loss, color="gray", linestyle=style, label=f"{name}: {loss:.2f}")
     axes.legend()
@@ -1169,24 +1161,24 @@ def settings_for(given, unfinished):
 # worst kind.
 
 
-def prepare(given, out, unfinished, processes):
+def prepare(given, out, unfinished):
     """The flags -> config, checkpoint to start from (or None), path of the text, text, tokenizer.
 
     Whether all of it fits together is checked here, before anything is written. Raises ValueError or OSError.
     """
     config, start = settings_for(given, unfinished)
-    resumed = start if "resume" in given else None
-    path = find_text(given.get("data") or (resumed and resumed["data"]))
-    text = read_text(path)
-    shortest = 10 * config.block_size + 1  # then a tenth of the text is one window and its targets
-    advice = f"a context of {config.block_size} needs {shortest}"
-    require(len(text) >= shortest, f"{path} has {len(text)} characters: {advice}")
+    resumed = start if "resume" in given else {}
+    path = Path(given.get("data") or resumed.get("data") or find_text())
+    text, T, processes = read_text(path), config.block_size, place_among_processes()[1]
+    # With this many characters, the held-out tenth is one window and its targets.
+    enough = len(text) >= 10 * T + 1
+    require(enough, f"{path} has {len(text)} characters: a context of {T} needs {10 * T + 1}")
     same = not resumed or resumed["text"] == fingerprint(text.encode())
     require(same, f"{path} is not the text that the run in {unfinished} began with")
     overwritten = path.resolve() in (out.resolve(), unfinished.resolve())
     require(not overwritten, f"--out {out} would overwrite the text")
     tokenizer = CharTokenizer(start["characters"]) if start else CharTokenizer.from_text(text)
-    unseen = Counter(c for c in (text if start else "") if c not in tokenizer.token_of)
+    unseen = Counter(c for c in text if c not in tokenizer.token_of)
     counts = ", ".join(f"{c!r} ({n} times)" for c, n in unseen.most_common(20))
     require(not unseen, f"{path} has {len(unseen)} characters that the trained model never saw: {counts}")
     uneven = f"--batch-size {config.batch_size} can't be shared out evenly among {processes} processes"
@@ -1227,31 +1219,28 @@ def set_aside(out, unfinished):
 # and each yardstick of section 1 is named when that mean passes it.
 
 
-class Progress:
-    """Tells how a run is going: a line for each piece of news and, on a terminal, one that is always new."""
+def tell(report, config, losses, begun, ahead):
+    """Say how a run is going: a line for each piece of news and, on a terminal, one that is always new.
 
-    def __init__(self, config, history, marks):
-        self.config, self.losses, self.begun = config, history["training"], len(history["training"])
-        self.ahead = [] if self.begun else sorted(marks.items(), key=lambda mark: -mark[1])  # not yet passed
-
-    def tell(self, report):
-        """Note the report's training loss, and say what there is to say."""
-        self.losses.append(report.loss)
-        recent = self.losses[-20:]
-        training_loss, pace = sum(recent) / len(recent), report.seconds / (report.step - self.begun)
-        minutes, seconds = divmod(round(pace * (self.config.steps - report.step)), 60)
-        speed = self.config.batch_size * self.config.block_size / pace
-        line = f"step {report.step:,} of {self.config.steps:,}  training loss {training_loss:.3f}"
-        line += "" if report.held_out is None else f"  held-out loss {report.held_out:.4f}"
-        line += f"  {speed:,.0f} characters a second  {minutes}:{seconds:02} left"
-        news, live = report.held_out is not None, sys.stdout.isatty()
-        while self.ahead and len(recent) == 20 and training_loss < self.ahead[0][1]:
-            line, news = line + f"  (better than {self.ahead.pop(0)[0]})", True
-        if news:
-            say(("\r" if live else "") + line)
-        elif live:  # written over and over, it must not be wider than the terminal
-            width = shutil.get_terminal_size().columns - 1
-            say("\r" + line[:width].ljust(width), end="")
+    losses: of every step so far. begun: the step at which this call began. ahead: the yardsticks that are
+    still to be passed; those passed now are taken out of it.
+    """
+    recent, look, live = losses[-20:], report.held_out is not None, sys.stdout.isatty()
+    mean, pace = sum(recent) / len(recent), report.seconds / (report.step - begun)
+    minutes, seconds = divmod(round(pace * (config.steps - report.step)), 60)
+    speed = config.batch_size * config.block_size / pace
+    passed = [name for name, loss in ahead.items() if len(recent) == 20 and mean < loss]
+    line = f"step {report.step:,} of {config.steps:,}  training loss {mean:.3f}"
+    line += f"  held-out loss {report.held_out:.4f}" if look else ""
+    line += f"  {speed:,.0f} characters a second  {minutes}:{seconds:02} left"
+    for name in passed:
+        line += f"  (better than {name})"
+        del ahead[name]
+    if look or passed:
+        say(("\r" if live else "") + line)
+    elif live:  # written over and over, it must not be wider than the terminal
+        width = shutil.get_terminal_size().columns - 1
+        say("\r" + line[:width].ljust(width), end="")
 
 
 # *Stopping.* Ctrl-C, or SIGTERM from the system, may come at any moment, also in the middle of a step,
@@ -1262,14 +1251,12 @@ class Progress:
 @contextlib.contextmanager
 def noting_signals():
     """Inside this `with`, signals are noted in the list that it gives; a second one ends the program."""
-    noted, before = [], {}
 
     def note(number, frame):
         noted.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    if threading.current_thread() is threading.main_thread():  # only there can signals be caught
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    noted, before = [], {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:
@@ -1290,12 +1277,15 @@ def write(prompt, characters):
 
 
 def run(given, how):
-    """Train as the flags say, save on the way, write a scene (`how`) at the end. Returns the exit status."""
+    """Train as the flags say, save on the way, write a scene (`how`) at the end.
+
+    Returns the exit status of a run that was stopped, None of one that reached its end.
+    """
     global model, tokenizer  # for the next cell of a notebook
     out = Path(given.get("out", "gpt.pt"))
     unfinished = out.with_name(f"{out.stem}.resume{out.suffix}")
-    device, processes = pick_device(given.get("device", "auto")), int(os.environ.get("WORLD_SIZE", 1))
-    config, start, path, text, tokenizer = prepare(given, out, unfinished, processes)
+    device = pick_device(given.get("device", "auto"))
+    config, start, path, text, tokenizer = prepare(given, out, unfinished)
     number_format(config.dtype, device)  # raises if the device can't do it
     logging.getLogger("torch.utils.cpp_extension").setLevel("ERROR")  # --compile on a CPU misses no CUDA
     model = GPT(config)
@@ -1308,30 +1298,32 @@ def run(given, how):
     tokens = tokens.to(device)
 
     # From here on there may be several processes. All of them train; only the first prints and saves.
+    rank, processes = place_among_processes()
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    first = place_among_processes()[0] == 0
+        atexit.register(dist.destroy_process_group)
     resumed = start if "resume" in given else None
     history = resumed["history"] if resumed else {"training": [], "held_out": []}
     origin = {"history": history, "data": str(path), "text": fingerprint(text.encode())}
 
     def save_state(state):
-        if first:
+        if rank == 0:
             save(unfinished, model, tokenizer, state | origin)
 
-    if first and "plot" in given:
+    if rank == 0 and "plot" in given:
         draw(given["plot"], history, marks)  # so that a mistake shows now and not after the training
-    if first and not resumed:  # the run can be resumed from its very first step
+    if rank == 0 and not resumed:  # the run can be resumed from its very first step
         set_aside(out, unfinished)
         save_state({"step": 0, "optimizer": make_optimizer(model, config).state_dict(), "scaler": {}})
 
-    progress = Progress(config, history, marks)
+    begun, ahead = len(history["training"]), {} if resumed else dict(marks)
     best = min((loss for _, loss in history["held_out"]), default=math.inf)
     with noting_signals() as noted:
         for report in train(model, tokens[:cut], tokens[cut:], resumed):
-            progress.tell(report)
+            history["training"].append(report.loss)
+            tell(report, config, history["training"], begun, ahead)
             look = report.held_out is not None
-            if look and first:
+            if look and rank == 0:
                 history["held_out"].append([report.step, report.held_out])
                 if report.held_out < best:  # saved before the state: a kill in between loses nothing
                     best = report.held_out
@@ -1348,7 +1340,7 @@ def run(given, how):
                 say(f"\nStopped after step {report.step:,}, and saved. To go on: {command}")
                 return 128 + (noted or [signal.SIGTERM])[0]
 
-    if first:
+    if rank == 0:
         model, tokenizer = load(out, device)
         say(f"The model with the lowest held-out loss, {best:.4f}, is in {out}. It writes:\n")
         write(how["prompt"], generate(model, tokenizer, **how))
@@ -1357,7 +1349,20 @@ def run(given, how):
             from IPython.display import Image, display
 
             display(Image(filename=given["plot"]))
-    return 0
+
+
+def remedy(error, given):
+    """What to do about a failure on the way. One without a known cause is a mistake of ours: raised again."""
+    reason = (str(error).splitlines() or [""])[0][:150]
+    if isinstance(error, FloatingPointError):
+        return reason
+    if isinstance(error, MemoryError) or "memory" in reason:
+        return "out of memory: lower --batch-size, --block-size or --n-embd, or take a smaller --size"
+    if place_among_processes()[1] > 1:
+        return f"another process of this run has ended ({reason}); start all again with --resume"
+    if given.get("compile"):
+        return f"torch.compile found no working compiler ({reason}); leave --compile out"
+    raise error
 
 
 def main(argv=None):
@@ -1368,46 +1373,33 @@ def main(argv=None):
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows may have another encoding than UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
-    status, trouble = None, None
     try:
         given = read_flags(shlex.split(argv) if isinstance(argv, str) else argv)
         how = {"prompt": "", "seed": given.get("seed", Config.seed)}
         how |= {name: given[name] for name in WRITING & given.keys()}
         how["prompt"] = sys.stdin.read() if how["prompt"] == "-" else how["prompt"]
-        if "generate" in given:
-            allowed = {"generate", "out", "device", "seed"} | WRITING
-            refuse(given.keys() - allowed, "--generate: nothing is trained")
-            model, tokenizer = load(given.get("out", "gpt.pt"), pick_device(given.get("device", "auto")))
-            characters, T = generate(model, tokenizer, **how), model.config.block_size
-            if len(how["prompt"]) > T:
-                print(f"Of the prompt, the last {T} characters count: the context.", file=sys.stderr)
-            write(how["prompt"], characters)
-        else:
-            status = run(given, how) or None
+        if "generate" not in given:
+            return run(given, how)
+        refuse(
+            given.keys() - {"generate", "out", "device", "seed"} - WRITING, "--generate: nothing is trained"
+        )
+        model, tokenizer = load(given.get("out", "gpt.pt"), pick_device(given.get("device", "auto")))
+        characters, T = generate(model, tokenizer, **how), model.config.block_size
+        if len(how["prompt"]) > T:
+            print(f"Of the prompt, the last {T} characters count: the context.", file=sys.stderr)
+        return write(how["prompt"], characters)
     except SystemExit:  # --help has been printed
-        pass
+        return None
     except KeyboardInterrupt:
-        status = 130
+        return 130
     except BrokenPipeError:  # whoever read our output has gone, as in `python gpt.py --generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return None
     except (ValueError, OSError) as error:
         status, trouble = 2, error
     except (FloatingPointError, RuntimeError, MemoryError) as error:
-        status, trouble = 1, error
-        reason, together = (str(error).splitlines() or [""])[0][:150], place_among_processes()[1] > 1
-        if isinstance(error, MemoryError) or "memory" in reason:
-            trouble = "out of memory: lower --batch-size, --block-size or --n-embd, or take a smaller --size"
-        elif isinstance(error, RuntimeError) and together:
-            trouble = f"another process of this run has ended ({reason}); start all again with --resume"
-        elif isinstance(error, RuntimeError) and given.get("compile"):
-            trouble = f"torch.compile found no working compiler ({reason}); leave --compile out"
-        elif isinstance(error, RuntimeError):
-            raise
-    finally:
-        if place_among_processes()[1] > 1:
-            dist.destroy_process_group()
-    told = status == 2 and os.environ.get("RANK", "0") != "0"  # wrong input is the same in all processes
-    if trouble and not told:
+        status, trouble = 1, remedy(error, given)
+    if status == 1 or place_among_processes()[0] == 0:  # wrong input is the same in all processes
         print(f"gpt.py: {trouble}", file=sys.stderr)
     return status
 

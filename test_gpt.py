@@ -568,7 +568,7 @@ def test_a_missing_text_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch, ca
     assert gpt.main(["--steps", "1"]) == 2  # the wrong sum: this is not Tiny Shakespeare
     assert "not Tiny Shakespeare" in capsys.readouterr().err and os.listdir(tmp_path) == []
     monkeypatch.setattr(gpt, "TEXT_SHA256", TEXT_SHA256)
-    assert gpt.find_text(None).read_text(encoding="utf-8") == TEXT
+    assert gpt.find_text().read_text(encoding="utf-8") == TEXT
     assert "fetching" in capsys.readouterr().out
     (tmp_path / "input.txt").unlink()
     monkeypatch.setattr(gpt, "TEXT_URL", f"http://127.0.0.1:{free_port()}/")  # nobody answers there
