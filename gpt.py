@@ -8,14 +8,15 @@ character at a time, until it writes plays of its own. PyTorch does the arithmet
 optimizer; all else is on this page.
 
 The same architecture can be trained badly or well, and most of what makes a model of this size good is how
-it is trained. This one reaches the loss of the usual tutorial recipe in a fraction of its time, and section
-7 says why.
+it is trained. This one reaches the loss of the usual tutorial recipe (nanoGPT's, for a CPU) in a fraction of
+its time, and section 7 says why.
 
     python gpt.py                                    train the tiny model on input.txt, then write a scene
     python gpt.py --generate --prompt "HAMLET:"      write more, with the model that is now in gpt.pt
     python gpt.py --help                             every setting, with its default
 
-It needs Python and `pip install torch`, and a laptop will do. In a notebook, paste it into one cell.
+It needs Python and `pip install torch`, and a laptop will do. (With uv, `uv run gpt.py` alone: it reads in
+the first four lines what to install.) In a notebook, paste the file into one cell.
 
 The lesson     0 Settings   1 Text to numbers   2 Attention   3 The MLP   4 The block   5 The model
                6 Batches    7 Training          8 Writing
@@ -24,14 +25,18 @@ The program    9 Around the lesson (files, devices, pictures)   10 The command l
 Read from the top. Section 0 is a table of settings, full of words that come later; from section 1 on, each
 word is explained where it first matters. Lines that begin with >>> are examples, with their results below;
 the tests run them, so they are true. A *tensor* is a table of numbers with any number of
-dimensions; a comment such as `# (B, T) -> (B, T, C)` at the end of a line gives the shapes of the tensors in
-it, before and after, and the letters always mean the same:
+dimensions; a comment such as `# (B, T) -> (B, T, C)` at the end of a line gives the shapes of that line's
+tensors, before and after, and the letters always mean the same:
 
     B  batch: how many stretches of text go through the model at once, each on its own
     T  time: how many characters each stretch has, at most the context, `block_size`
     C  channels: how many numbers stand for one character inside the model, `n_embd`
     V  vocabulary: how many different characters there are, `vocab_size`
     ...  any further dimensions
+
+Two habits of PyTorch save many loops. A tensor of numbers can be an index: `table[tokens]` looks up a row for
+each of them. And where one tensor has a dimension of 1, or lacks it, it is repeated to fit the other:
+(B, T, C) + (T, C) adds the same (T, C) to each of the B (*broadcasting*).
 """
 
 # %% 0. Settings
@@ -104,7 +109,7 @@ class Config:
     weight_decay: float = setting(0.3, "pull of the weight matrices towards zero", least=0)
     beta2: float = setting(0.99, "how long AdamW remembers the size of the gradients", least=0, most=0.99999)
     grad_clip: float = setting(1.0, "longest gradient allowed; 0 allows any", least=0)
-    dropout: float = setting(0.0, "share of numbers blanked out in training (section 2)", least=0, most=0.9)
+    dropout: float = setting(0.0, "share of outputs set to 0 in training (section 2)", least=0, most=0.9)
     # Around the mathematics (section 7).
     eval_every: int = setting(500, "steps between two looks at the held-out text", least=1)
     seed: int = setting(1337, "where all chance comes from (section 6)", least=0, most=2**32 - 1)
@@ -131,8 +136,9 @@ class Config:
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
-# Named sizes, for `--size`; each line says how it differs from the table, and section 7 says why. (gpt2 is
-# GPT-2's own shape, meant for a text a hundred times as long.)
+# Named sizes, for `--size`; each line says how it differs from the table. The end of section 7 tells how the
+# learning rates, decay and dropout follow from tiny's. (gpt2 is GPT-2's own shape, meant for a text a hundred
+# times as long.)
 SIZES = {
     "tiny": dict(),
     "small": dict(n_layer=4, n_embd=256, steps=8000, lr=1e-3, weight_decay=0.6),
@@ -208,10 +214,11 @@ class CharTokenizer:
 # 4.17
 #
 # nats for each character, knowing nothing. Counting alone does better. Score the text by the frequency of
-# each character (spaces and e are cheap, Q is costly), then by the frequency of each pair (after Q comes
-# U). These three numbers are the *yardsticks* by which we see whether the model is learning at all: 4.17,
-# 3.37 and 2.53 on `input.txt`, ten plays, 1.3 million characters. The tiny model ends near 1.69, as if it
-# gave the right character a probability of 0.18 each time.
+# each character (spaces and e are cheap, Q is costly), then by the frequency of each pair (after Q comes U).
+# These three losses, 4.17, 3.37 and 2.53 on `input.txt`, are the *yardsticks* by which we see whether the
+# model is learning at all; tiny ends near 1.69, as if it gave the right character a probability of 0.18 each
+# time. (`input.txt` is ten plays of Shakespeare, 1.3 million characters, and all numbers in this file are
+# about it. Where there is no such file, the program fetches another text, Tiny Shakespeare.)
 #
 # One rule matters: never test on what you have trained on, since knowing by heart is not knowing. We count,
 # and later train, on the first nine tenths of the text only; the last tenth is *held out*, for measuring.
@@ -254,7 +261,7 @@ def yardsticks(training, held_out, vocab_size):
 # To guess the next character the model must look at those before it, and which of them matter depends on
 # the text: after `Q` the last one is enough, inside a name it needs the name's beginning, and whether a
 # line is verse shows only further back. *Attention* (Vaswani et al., "Attention Is All You Need", 2017)
-# lets every position choose for itself where to look, among the last `block_size` characters: the
+# lets every position choose for itself where to look, among at most the last `block_size` characters: the
 # *context*. Inside the model each position in the text is a row of numbers, a *vector*; section 5 shows how
 # a character becomes one. From it three more are computed:
 #
@@ -262,21 +269,23 @@ def yardsticks(training, held_out, vocab_size):
 #     key    what this position has to offer those who look
 #     value  what it hands over when it is looked at
 #
-# A position's query is multiplied by the key of every position, number by number, and the products are
-# summed (the *dot product*): that is its *score* for that position, large where the two fit. *Softmax*
-# turns the scores into shares: e to the power of each, divided by their sum, so that all are positive and
-# add up to 1. The result is the mean of the values, weighted by these shares. One thing more: a query has
-# `head_size` numbers, and a sum of that many products, some positive and some negative, typically grows
-# with the root of their number. Large scores would make softmax give nearly all to the largest, which at
-# the start is the largest by chance; so scores are first divided by that root. (In the code `@` multiplies
-# matrices: here, all queries by all keys.)
+# A position's query is multiplied by the key of another, number by number, and the products are summed (the
+# *dot product*): that is the *score* which the first gives the second, large where the two fit. *Softmax*
+# turns the scores that a position gives into shares: e to the power of each, divided by their sum, so that
+# all are positive and add up to 1. The result is the mean of the values, weighted by these shares. One thing
+# more: a query has `head_size` numbers (32 in tiny), and a sum of as many products, some positive and some
+# negative, grows only with the root of their number, since plus and minus mostly cancel: of a hundred tosses
+# of a coin, one side leads by about ten. At the start of training such a sum is large by nothing but
+# chance, and softmax would give nearly all to the largest; so scores are first divided by that root. (In the
+# code `@` multiplies tables, *matrices*: here it makes the dot product of every query with every key.)
 #
-# Now the one rule a text imposes: a position may look back, never ahead, or it would read its answer
-# instead of guessing it. The *causal mask* sets the scores of later positions to minus infinity, so that
-# softmax makes their shares 0. Without it the loss falls to 0.03, and what the model writes is nonsense,
-# because when it writes there is nothing ahead to read. (Such prices of leaving a part out stand in each
-# section: the held-out loss of tiny after 500 steps without it. With all parts it is 1.87; without
-# attention 2.54, no better than counting pairs.)
+# Now the one rule a text imposes. In training, every position of a text guesses the character after it, all
+# of them at once; so a position may look back, never ahead, or it would read its answer instead of guessing.
+# The *causal mask* sets the scores of later positions to minus infinity, so that softmax makes their shares
+# 0. Without it the loss falls to 0.03, and what the model writes is nonsense, because when it writes there
+# is nothing ahead to read. (In sections 2 to 5, such a number is the held-out loss of tiny, trained for 500
+# steps, without the part in question. With all parts it is 1.87; without attention 2.54, no better than
+# counting pairs.)
 
 
 def attention_by_hand(query, key, value):
@@ -296,25 +305,26 @@ def attention_by_hand(query, key, value):
     >>> F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True).flatten()
     tensor([8., 6., 3.])
     """
+    # In row i, column j of these scores: what position i gives to position j.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (..., T, head_size) -> (..., T, T)
     ahead = torch.ones_like(scores).triu(1).bool()  # (..., T, T) true where the column is later than the row
     shares = scores.masked_fill(ahead, -math.inf).softmax(-1)  # (..., T, T) each row adds up to 1
     return shares @ value  # (..., T, T) -> (..., T, head_size)
 
 
-# A *linear layer* is the network's plainest part: it multiplies a vector by a table of numbers, its
-# *weights*, and adds a vector, its *biases*. Both are parameters. (In PyTorch a layer is an `nn.Module`,
-# an object that keeps its parameters; calling it, `layer(x)`, runs its `forward`. `.train()` and `.eval()`
-# tell it whether it is being trained; `.training` remembers.) One linear layer makes query, key and value
-# in one go. We do not attend once but `n_head` times side by side, each *head* with its own slice of
-# query, key and value, so that one can watch the last letter while another watches the speaker's name:
-# `head_size` is C / n_head. A last linear layer mixes what the heads have found. The names are those of
-# GPT-2's own files: `c_attn` makes query, key and value, and `c_proj` projects back to width C.
+# A *linear layer* is the network's plainest part: each number that it gives out is the dot product of the
+# vector that comes in with one row of a table, its *weights*, plus a number of its own, its *bias*. Both are
+# parameters. (In PyTorch a layer is an `nn.Module`, an object that keeps its parameters; calling it,
+# `layer(x)`, runs its `forward`. `.train()` and `.eval()` tell it whether it is being trained; `.training`
+# remembers.) One linear layer makes query, key and value in one go. We do not attend once but `n_head` times
+# side by side, each *head* with its own slice of query, key and value, so that one can watch the last letter
+# while another watches the speaker's name: `head_size` is C / n_head. A last linear layer mixes what the
+# heads have found. The names are those of GPT-2's own files: `c_attn` makes query, key and value, and
+# `c_proj` projects back to width C.
 #
-# *Dropout* (Srivastava et al., 2014) blanks out a random share of the numbers that a layer puts out, in
-# training only, and enlarges the rest to make up for it. No part can then rely on a few others, which
-# hinders learning by heart. It also slows learning, so it pays only where a large model sees a small text
-# many times.
+# *Dropout* (Srivastava et al., 2014) sets a random share of a layer's outputs to 0, in training only, and
+# enlarges the rest to make up for it. No part can then rely on a few others, which hinders learning by heart.
+# It also slows learning, so it pays only where a large model sees a small text many times.
 
 
 class Linear(nn.Linear):
@@ -337,7 +347,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Attention of a text to itself, to what came before, with several heads. (B, T, C) -> (B, T, C)"""
+    """Each position looks at itself and those before it, with several heads. (B, T, C) -> (B, T, C)"""
 
     def __init__(self, config):
         super().__init__()
@@ -350,10 +360,11 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, n_head, head_size)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_size)
         q, k, v = qkv.unbind()  # three times (B, n_head, T, head_size)
-        if cache is not None:  # only when writing; section 8 explains it
+        if cache is not None:  # only when writing: section 8 explains it, and `start`
             cache[:, :, :, start : start + T] = qkv[1:]  # (2, B, n_head, T, head_size)
             k, v = cache[:, :, :, : start + T].unbind()  # (B, n_head, start + T, head_size) each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # T = 1: the newest sees all
+        # A query alone (T = 1) is the newest and may see every key; the mask would take it for the first.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, head_size) -> (B, T, C)
         y = self.c_proj(y)  # (B, T, C)
         return F.dropout(y, self.dropout) if self.training else y
@@ -365,8 +376,9 @@ class Attention(nn.Module):
 # times the width, a bend (the *activation function*), a linear layer back. Without the bend two linear
 # layers would be no more than one, since a weighted sum of weighted sums is again a weighted sum (loss
 # without: 2.13). GPT-2 bends with *GELU* (Hendrycks and Gimpel, 2016): each number x is multiplied by the
-# probability that a number from the bell curve (mean 0, standard deviation 1) is smaller than x. Large
-# numbers pass, strongly negative ones become 0, and in between it is smooth:
+# probability that a number from the bell curve is smaller than x (the one with mean 0 and a *standard
+# deviation*, the typical distance from the mean, of 1). Large numbers pass, strongly negative ones become 0,
+# and in between it is smooth:
 #
 # >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
 # tensor([-0.0000, -0.1600,  0.0000,  0.8400,  3.0000])
@@ -391,20 +403,21 @@ class MLP(nn.Module):
 
 
 # %% 4. The block
-# A block is one round of "look around, then think". (`n_layer` and "a layer" in counts mean blocks.)
-# Neither half replaces the vectors, both add to them: this is a *residual connection* (He et al., 2015).
-# So the vectors run through the whole model as a stream that each half reads from and writes to, the
-# *residual stream*; what is not touched passes unchanged, and in training the gradient (section 7) reaches
-# the lowest block as directly as the highest. Without it even two blocks learn badly (2.40), and deep
-# models hardly at all. A stack of such blocks is a *transformer*: the T in GPT, "generative pre-trained
-# transformer".
+# A block is one round of "look around, then think". (Where layers are counted, as in `n_layer` or "a model of
+# four layers", blocks are meant.) Neither half replaces the vectors, both add to them: this is a *residual
+# connection* (He et al., 2015). So the vectors run through the whole model as a stream that each half reads
+# from and writes to, the *residual stream*, and what is not touched passes unchanged. In training, word of
+# what should change (the gradient, section 7) travels down the same stream and reaches the lowest block
+# directly; else it would be multiplied by the weights of every layer on its way, and arrive faint or wild.
+# Without residual connections even two blocks learn badly (2.40), and deep models hardly at all. A stack of
+# such blocks is a *transformer*: the T in GPT, "generative pre-trained transformer".
 #
 # *Layer normalization* (Ba et al., 2016) comes before each half: it shifts and scales every vector to mean
 # 0 and standard deviation 1 (`eps` saves it from dividing by 0 where all numbers are equal), then applies
-# a learned scale and shift of its own. So each layer gets input of the same size whatever those below have
-# piled up (without: 2.41). The first transformer normalized after each half; GPT-2 does it before, which
-# leaves the stream itself untouched and makes deep models much easier to train (Xiong et al., 2020, say
-# why).
+# a learned scale and shift of its own. So each half gets input of the same size whatever those below have
+# piled up (without: 2.41). The first transformer normalized after each half, in the stream itself; GPT-2 does
+# it before, on a copy, and so leaves the direct way down clear: deep models then train without special care
+# (Xiong et al., 2020).
 
 
 class Block(nn.Module):
@@ -441,20 +454,21 @@ class Block(nn.Module):
 # ['0.4 M', '3.2 M', '10.8 M', '85.9 M']
 #
 # The *initial weights* must be random: if all started equal, all rows of a matrix would be changed in the
-# same way and stay alike forever. How large they are (their *standard deviation*, the typical distance
-# from 0) matters more than it seems. GPT-2 drew them at 0.02, not far off at its widths of 768 to 1,600.
-# But what a layer puts out is a sum of C products, and a sum of C random terms grows with the root of C;
-# weights of 1 / sqrt(C) cancel that, so that what comes out is as large as what went in. That is 0.088 at
-# width 128. With 0.02 every layer answers four times too faintly, and the first hundreds of steps go into
-# making them louder. The tables get the same spread, which makes each of their rows a vector of length 1.
-# Layers that write to the residual stream start smaller by a factor of sqrt(2 * n_layer), as in GPT-2:
-# each block writes twice, and so the stream does not grow with the number of blocks.
+# same way and stay alike forever. How large they are (their standard deviation; their mean is 0) matters more
+# than it seems. What a layer gives out is a sum of C products, which grows with the root of C (section 2);
+# weights of 1 / sqrt(C) cancel that, so that what comes out is as large as what went in. (The second layer of
+# an MLP sums 4 C, but GELU has made most of its inputs small.) That is 0.088 at width 128. GPT-2 drew its
+# weights at 0.02, not far off at its widths of 768 to 1,600; in tiny, every layer would answer four times too
+# faintly, and the first hundreds of steps go into making them louder. The tables get the same spread, which
+# makes each of their rows a vector of length 1. Layers that write to the residual stream start smaller by a
+# factor of sqrt(2 * n_layer), as in GPT-2: each block writes twice, and so the stream does not grow with the
+# number of blocks.
 #
 # One more thing need not start at random. What predicts a character best are the few just before it, so a
 # model of text must first learn to look there. That is hard to find: token and position are added, so
 # whatever a query asks about a place picks up something of the character too; and in a random table
-# nothing says which position comes just before which. So we give the heads a start, in three moves, and
-# training may change all of it:
+# nothing says which position comes just before which. So we give the heads a *head start*, in three moves,
+# and training may change all of it:
 #
 #     - *what* and *where* get channels of their own: a token's vector starts as 0 in the last quarter of the
 #       channels, a position's in all others;
@@ -463,11 +477,11 @@ class Block(nn.Module):
 #       the cosine of the hand's angle. (The first transformer had such waves, never trained.) Going back one
 #       position then turns each hand by its own fixed angle, wherever one is.
 #
-# So the query weights of a head can be its key weights with every hand turned back by d positions: but for
-# what normalization changes, the query at p then equals the key at p - d, and among vectors of the same
-# length the dot product is largest between equal ones. Head 1 of the first block starts by looking one
-# character back, head 2 two, and so on. (Above it the channels have been mixed, and heads start at
-# random.) The loss without: 2.27.
+# So a head whose keys are made from the hands can make, for its query, the same from the hands turned back by
+# d positions. But for what normalization changes, the query at p then equals the key at p - d, and a vector's
+# dot product with itself is larger than with others of about its length. Head 1 of the first block starts by
+# looking one character back, head 2 two, and so on: about three quarters of their shares go there. (In higher
+# blocks the channels have been mixed, and heads start at random.) The loss without: 2.27.
 
 
 class GPT(nn.Module):
@@ -482,7 +496,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(C, eps=1e-5)  # "final"
         self.set_initial_weights()
 
-    @torch.no_grad()
+    @torch.no_grad()  # nothing is being learned yet, so PyTorch need not keep account of it
     def set_initial_weights(self):
         """Random matrices of the right size, biases at 0; the scales of layer normalization stay at 1."""
         config, chance = self.config, torch.Generator().manual_seed(self.config.seed)
@@ -498,12 +512,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def give_heads_a_start(self, std):
-        """Tokens and positions start in channels of their own, and head d by looking d positions back."""
+        """Tokens and positions get channels of their own, and head d begins by looking d positions back."""
         C, n_head = self.config.n_embd, self.config.n_head
         hands = C // 8
         where = C - 2 * hands  # the position's channels begin here: sines first, then cosines
-        pace = math.pi * (torch.arange(hands) + 0.5) / hands  # (hands,) each hand's turn in one position
-        angle = torch.arange(self.config.block_size)[:, None] * pace  # (T, hands)
+        # Each hand's turn in one position. Spread like this, from nearly nothing to nearly half a circle, the
+        # hands agree at no distance but 0: two positions less than C / 4 apart have a dot product of 0.
+        pace = math.pi * (torch.arange(hands) + 0.5) / hands  # (hands,)
+        angle = torch.arange(self.config.block_size)[:, None] * pace  # (T, 1) * (hands,) -> (T, hands)
         self.wte.weight[:, where:] = 0
         self.wte.weight *= math.sqrt(C / where)  # each row as long as before
         self.wpe.weight[:, :where] = 0
@@ -513,11 +529,13 @@ class GPT(nn.Module):
         # to write to them is to change the layer. Rows of the same head stand together.
         queries, keys, values = self.h[0].attn.c_attn.weight.split(C)  # (C, C) each
         queries[:, :where] = keys[:, :where] = values[:, where:] = 0
-        keys *= 3  # and so, below, the queries: here it is not by chance that one score is the largest
+        keys *= 3  # and so the queries: scores are 9 times as large, and most of the share goes to one place
         for d, (query, key) in enumerate(zip(queries.chunk(n_head), keys.chunk(n_head)), start=1):
-            sine, cosine = key[:, where:].chunk(2, dim=1)  # (head_size, hands) each
-            a, b = (pace * d).cos(), (pace * d).sin()  # (hands,) each, for sin(x - y) and cos(x - y):
-            query[:, where:] = torch.cat([sine * a + cosine * b, cosine * a - sine * b], dim=1)
+            # With hands at angles x, key = s sin x + c cos x. The query is to be the same at x - y, and
+            #     sin(x - y) = sin x cos y - cos x sin y        cos(x - y) = cos x cos y + sin x sin y
+            s, c = key[:, where:].chunk(2, dim=1)  # (head_size, hands) each
+            sin_y, cos_y = (pace * d).sin(), (pace * d).cos()  # (hands,) each
+            query[:, where:] = torch.cat([s * cos_y + c * sin_y, c * cos_y - s * sin_y], dim=1)
 
     def forward(self, tokens, cache=None, start=0):
         """Raises ValueError if the tokens don't fit the context. `cache` and `start` belong to section 8."""
@@ -573,7 +591,7 @@ def get_batch(tokens, batch_size, block_size, seed, step):
 # move, in which direction exactly, and how to judge the result.
 #
 # *The learning rate* is how far. Too small wastes time, too large throws away what was learned; what is
-# right is large early and small at the end, after a short run-up. *Warm-up*: over the first steps it rises
+# right is, after a short run-up, large early and small at the end. *Warm-up*: over the first steps it rises
 # from almost 0, since the optimizer (below) does not yet know how large gradients usually are, and a first
 # wild step can do lasting harm. *Cosine decay* (Loshchilov and Hutter, 2017): from the peak it falls along
 # half a cosine wave, first slowly, then fast, then gently to its end. Large steps find the region, small
@@ -596,12 +614,13 @@ def learning_rate(step, config):
 
 
 # *AdamW* (Kingma and Ba, 2015; Loshchilov and Hutter, 2019) does not follow a gradient as it comes, since
-# batches differ and single ones mislead. For each parameter it keeps two running means: of the gradient
-# (over about the last 1 / (1 - 0.9) = 10 steps) and of its square (over about 1 / (1 - beta2) = 100), and
-# moves by the learning rate times the first divided by the root of the second. That quotient is near 1
-# while the gradients agree and near 0 while they cancel, whether they are large or tiny; plain gradient
-# descent would need a rate of its own for each kind of layer. In its first step, a gradient of 100 and one
-# of 0.001 move their parameters equally far:
+# batches differ and single ones mislead. For each parameter it keeps two running means, of the gradient and
+# of its square. In each step the first keeps 0.9 of its old value and takes a tenth of the new gradient, and
+# so looks back on about 10 steps; the second keeps `beta2` = 0.99 and looks back on about 100. The parameter
+# moves by the learning rate times the first divided by the root of the second. That quotient is near 1 while
+# the gradients agree and near 0 while they cancel, whether they are large or tiny; plain gradient descent
+# would need a rate of its own for each kind of layer. In its first step, a gradient of 100 and one of 0.001
+# move their parameters equally far:
 #
 # >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
 # >>> weight.grad = torch.tensor([100.0, 0.001])
@@ -631,12 +650,13 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
 
 
-# *Precision.* A float32 number has 24 bits of precision, more than training needs, and GPUs multiply
-# 16-bit numbers several times faster. There are two kinds. bfloat16 can hold numbers as large and as small
-# as float32 can, but only to 8 bits of precision. float16 has 11 bits, but below 0.00000006 everything is
-# 0, small gradients too, unless the loss is scaled up first and the gradients down after (`GradScaler`).
-# In *mixed precision* (`autocast`; Micikevicius et al., 2018) only the multiplications run in 16 bits,
-# while weights, sums and the optimizer stay in float32. `auto` takes bfloat16 on GPUs that have it in
+# *Precision.* A float32 number has 24 bits of precision, more than training needs, and GPUs multiply 16-bit
+# numbers several times faster. There are two kinds. bfloat16 can hold numbers as large and as small as
+# float32 can, but only to 8 bits of precision. float16 has 11 bits, but below 0.00000006 everything is 0,
+# small gradients too; so the loss is multiplied by a large number, which makes every gradient as many times
+# larger, and the gradients are divided by it before they are used (`GradScaler`, which also finds the
+# number). In *mixed precision* (`autocast`; Micikevicius et al., 2018) only the multiplications run in 16
+# bits, while weights, sums and the optimizer stay in float32. `auto` takes bfloat16 on GPUs that have it in
 # hardware (2020 and later), float16 on older ones such as Colab's T4 (which accepts bfloat16 but only
 # imitates it, slowly), and float32 elsewhere.
 
@@ -701,10 +721,11 @@ def evaluate(model, tokens):
 
 
 # These settings together are the *recipe*, and the recipe is what makes this file fast. Here is what each
-# part of it is worth to tiny. We begin with the usual recipe (weights at 0.02, 2,000 steps of 12 stretches
-# of 64 characters, a rate that climbs to 1e-3 in 100 steps and falls to a tenth of it, weight decay 0.1)
-# and change one thing a line, keeping those above. All lines but the last read 1.5 million characters.
-# Held-out loss, median of three seeds; 0.01 either way is chance. The README has the commands.
+# part of it is worth to tiny. We begin with the usual recipe, as nanoGPT (Karpathy, 2022) has it for a CPU
+# (weights at 0.02, 2,000 steps of 12 stretches of 64 characters, a rate that climbs to 1e-3 in 100 steps and
+# falls to a tenth of it, weight decay 0.1), and change one thing a line, keeping those above. All lines but
+# the last read 1.5 million characters. Held-out loss, median of three seeds; 0.01 either way is chance. The
+# README has the commands.
 #
 #     the usual recipe                                              1.90
 #     initial weights of 1 / sqrt(C)                                1.84
@@ -716,22 +737,23 @@ def evaluate(model, tokens):
 #     longer contexts, 8 stretches of 128, in 1,500 steps           1.72
 #     more text: 2,500 steps                                        1.69
 #
-# Three of these cost nothing but a thought and gain most: how large the weights start, how far the steps
-# go, where the heads look first. (In 500 steps the head start alone gains 0.4.) The schedule gains nothing
-# here, but it suits any number of steps; decay and smaller batches gain next to nothing, longer contexts a
-# little, and the rest is patience. With the usual recipe, spending as much computation on a larger model,
-# and therefore on fewer steps, loses: four layers come to 2.10, a width of 256 to 2.05, and eight heads
-# stay at 1.90.
+# Three of these cost nothing but a thought and gain most: how large the weights start, how far the steps go,
+# where the heads look first. (The head start gains ten times as much in a run of 500 steps: 1.87 instead of
+# 2.27.) The schedule gains nothing here, but it suits any number of steps; decay and smaller batches gain
+# next to nothing, longer contexts a little, and the rest is patience. To spend the same computation on a
+# larger model instead, and so on fewer steps, loses: with the usual recipe, four layers come to 2.10 and a
+# width of 256 to 2.05, against 1.90. Eight heads instead of four change nothing.
 #
-# In time: the usual tutorial model, four layers trained for longer with the usual recipe, took two cores
-# 86 seconds to come to 1.90; ours, given settings for haste, took 12 (`--block-size 64 --lr 3e-3 --steps
-# 700`: short contexts make cheap steps, and in a short run the rate can be higher).
+# In time: nanoGPT's model for a CPU has four layers, and in its 2,000 steps of the usual recipe does twice
+# the work of the first line. That took two cores 86 seconds and ended at 1.90, too. Ours, given settings for
+# haste, took 12 (`--block-size 64 --lr 3e-3 --steps 700`: short contexts make cheap steps, and in a short
+# run the rate can be higher).
 #
 # The other sizes follow from tiny. The wider the model, the smaller its learning rate, about in inverse
-# proportion: what a layer puts out is a sum over its width, and many small changes add up. Decay works
-# through the learning rate, so in small and medium it rises as much as that falls. Medium, which reads our
-# text some twenty times, gets dropout; tiny and small, which read it two and seven times, are better off
-# without.
+# proportion: what a layer gives out is a sum over its width, and many small changes add up. A step shrinks
+# each weight by the rate times the decay; so that this stays the same, the decay of small and medium rises
+# as their rate falls. Medium, which reads our text some twenty times, gets dropout; tiny and small, which
+# read it two and seven times, are better off without.
 
 
 @dataclass
@@ -831,10 +853,10 @@ def probabilities(logits, temperature=1.0, top_k=0):
 
 # *The key-value cache.* Done naively, each new character sends the whole text through the model again, only
 # to read the logits at its end. Yet nothing has changed for the earlier positions: none of them can see the
-# new one, so their keys and values are what they were. So each attention layer writes its keys and values
-# down, and a new character costs the work of one position: it makes its own query, key and value and looks
-# at those written down. The answer is the same. The cache is one tensor, with room for a whole context in
-# each layer.
+# new one, so their keys and values are what they were. So the attention of each block writes its keys and
+# values down, and a new character costs the work of one position: it makes its own query, key and value and
+# looks at those written down. The answer is the same. The cache is one tensor, with room for a whole context
+# in each block; `start` is how many positions it already holds.
 #
 # When the context is full there is no place left: positions are rows of a table, and the table has an end.
 # Then we keep the later half of the text, send that through afresh as if it had just begun, and go on; so
@@ -843,7 +865,7 @@ def probabilities(logits, temperature=1.0, top_k=0):
 
 @contextlib.contextmanager
 def without_onednn():
-    """GELU runs through oneDNN on a CPU, which wakes every core: too much ado for a single position."""
+    """Without oneDNN (or mkldnn), a library that wakes every core even for one position's GELU, on a CPU."""
     before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
     try:
         yield
@@ -866,10 +888,11 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
     known = tokenizer.token_of.keys()
     text = tokenizer.encode(prompt or ("\n\n" if "\n" in known else tokenizer.characters[0])).tolist()
 
-    def characters():
+    def characters():  # apart, so that what is wrong shows at the call and not at the first character
         chance = random.Random(seed)
         context, done = text[-config.block_size :], 0  # done: how much of the context is in the cache
         head_size = config.n_embd // config.n_head
+        # In each block, keys and values (2) of one text (1): (n_layer, 2, 1, n_head, block_size, head_size)
         cache = torch.zeros(config.n_layer, 2, 1, config.n_head, config.block_size, head_size, device=device)
         was_training = model.training
         model.eval()
@@ -894,16 +917,18 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # That is all there is to it: whoever has come this far has seen every part of a language model. What
 # separates it from those in the news is, first of all, scale, and that can be reckoned: each parameter
 # costs a multiplication and an addition for each character on the way forward, and twice that on the way
-# back, 6 operations in all. Here is the training of `medium` at 100 billion operations a second (a laptop's
-# CPU), and at 22 and 330 million million (a third of what Colab's T4 and an H100 can do at best). With
-# models this small GPUs fall well short of that, since starting an operation takes them longer than doing
-# it:
+# back (for the gradients of the weights and for those of what went in), 6 operations in all. Here is the
+# training of `medium` at 100 billion operations a second (a laptop's CPU), and at 22 and 330 million million
+# (a third of what Colab's T4 and an H100 can do at best):
 #
 # >>> operations = 6 * 10.8e6 * (16 * 256) * 6000  # parameters, characters a step, steps
 # >>> [f"{operations / each_second / 60:,.1f} minutes" for each_second in (100e9, 22e12, 330e12)]
 # ['265.4 minutes', '1.2 minutes', '0.1 minutes']
 #
-# GPT-2 itself (Radford et al., 2019) is this file with pieces of words for characters, 124 million
+# (For GPUs that is too good to be true: with a model this small, starting an operation takes them longer than
+# doing it.)
+#
+# GPT-2 itself (Radford et al., 2019) is this file with pieces of words instead of characters, 124 million
 # parameters (our gpt2 and a larger vocabulary) to 1.5 billion, and 40 gigabytes of text. Today's models
 # keep its plan and change the parts: queries and keys rotated by their positions (rotary, Su et al., 2021)
 # where we add a table; normalization by size alone (RMSNorm, Zhang and Sennrich, 2019); an MLP with a gate
@@ -988,8 +1013,7 @@ def read_text(path):
 # *Devices.* The same code runs on a CPU, on an NVIDIA GPU (`cuda`) and on an Apple one (`mps`): tensors
 # live on a device, and what is computed from them is computed there. A GPU has thousands of small cores and
 # pays off when there is work for all of them, as in the larger sizes. `auto` takes the first that is there
-# of cuda, mps and cpu. Results are repeatable on one device; another adds numbers up in another order and
-# so differs in the last bits.
+# of cuda, mps and cpu. (Another device adds numbers up in another order, so results differ in the last bits.)
 
 
 def pick_device(name="auto"):
@@ -1014,9 +1038,8 @@ def pick_device(name="auto"):
 # loss so far, to be used and shared: settings, characters, weights, and the losses on the way.
 # `gpt.resume.pt` is what it takes to go on: the weights as they are now, which may be worse than the best,
 # the two running means that AdamW keeps for each of them, and the number of steps done (in float16 also
-# how much the loss is scaled). Nothing else is needed (section 6). So a run that is stopped, or killed at
-# any moment, and then resumed ends with the same weights, to the bit, as one that was left in peace; the
-# tests kill some to prove it.
+# how much the loss is scaled). Of chance nothing needs to be kept (section 6). So a run that is stopped, or
+# killed at any moment, and then resumed ends as one that was left in peace; the tests kill a few to prove it.
 #
 # A file from somebody else can't be trusted. Python's own format for such things, pickle, may run any code
 # when it is opened. With `weights_only=True` PyTorch reads tensors and plain values and refuses the rest;
@@ -1287,7 +1310,7 @@ def run(given, how):
     device = pick_device(given.get("device", "auto"))
     config, start, path, text, tokenizer = prepare(given, out, unfinished)
     number_format(config.dtype, device)  # raises if the device can't do it
-    logging.getLogger("torch.utils.cpp_extension").setLevel("ERROR")  # --compile on a CPU misses no CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel("ERROR")  # --compile would warn of a missing CUDA
     model = GPT(config)
     generate(model, tokenizer, **how)  # raises if the scene can't be written
     if start:
