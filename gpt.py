@@ -40,7 +40,7 @@ each of them. And where one tensor has a dimension of 1, or lacks it, it is repe
 """
 
 # %% 0. Settings
-# What can be set about a model and its training is in this one table: the value, the meaning, and the
+# This table has everything that can be set about a model and its training: the value, the meaning, and the
 # limits within which it makes sense. On a first reading, look at the names and go on; the section named
 # with each group explains it. On the command line the same names are flags (`--n-layer 4`), and in Python
 # they are arguments (`Config(n_layer=4)`).
@@ -76,10 +76,14 @@ from torch import nn
 from torch.nn import functional as F
 
 
+class Mistake(ValueError):
+    """Something that the user can put right, as the message says."""
+
+
 def require(condition, message):
-    """Stop with a ValueError that says what is wrong, unless the condition holds."""
+    """Stop with a Mistake, which is a ValueError, unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise Mistake(message)
 
 
 def setting(default, meaning, least=None, most=None):
@@ -121,7 +125,9 @@ class Config:
     def __post_init__(self):
         for row in fields(self):
             value, least, most = getattr(self, row.name), row.metadata["least"], row.metadata["most"]
-            flag = "--" + row.name.replace("_", "-")
+            flag, kind = "--" + row.name.replace("_", "-"), row.type.__name__
+            right = isinstance(value, (row.type, int)) or value is row.default
+            require(right, f"{flag} must be of Python's type {kind}, not {value!r}")
             if value is not None and least is not None:
                 right = least <= value < math.inf and (most is None or value <= most)
                 most = "up" if most is None else f"to {most}"
@@ -195,7 +201,7 @@ class CharTokenizer:
             tokens = array("i", map(self.token_of.__getitem__, text))
         except KeyError as unknown:
             known = f"{self.characters!r:.200}"
-            raise ValueError(f"the model has never seen the character {unknown}; it knows {known}") from None
+            raise Mistake(f"the model has never seen the character {unknown}; it knows {known}") from None
         return torch.frombuffer(tokens, dtype=torch.int32) if text else torch.empty(0, dtype=torch.int32)
 
     def decode(self, tokens):
@@ -214,7 +220,7 @@ class CharTokenizer:
 # 4.17
 #
 # nats for each character, knowing nothing. Counting alone does better. Score the text by the frequency of
-# each character (spaces and e are cheap, Q is costly), then by the frequency of each pair (after Q comes U).
+# each character (spaces and e are cheap, q is costly), then by the frequency of each pair (after q comes u).
 # These three losses, 4.17, 3.37 and 2.53 on `input.txt`, are the *yardsticks* by which we see whether the
 # model is learning at all; tiny ends near 1.69, as if it gave the right character a probability of 0.18 each
 # time. (`input.txt` is ten plays of Shakespeare, 1.3 million characters, and all numbers in this file are
@@ -222,6 +228,7 @@ class CharTokenizer:
 #
 # One rule matters: never test on what you have trained on, since knowing by heart is not knowing. We count,
 # and later train, on the first nine tenths of the text only; the last tenth is *held out*, for measuring.
+# (Only the list of characters is taken from all of it.)
 
 
 def count_pairs(tokens, vocab_size):
@@ -259,7 +266,7 @@ def yardsticks(training, held_out, vocab_size):
 
 # %% 2. Attention
 # To guess the next character the model must look at those before it, and which of them matter depends on
-# the text: after `Q` the last one is enough, inside a name it needs the name's beginning, and whether a
+# the text: after `q` the last one is enough; inside a name it needs the name's beginning; and whether a
 # line is verse shows only further back. *Attention* (Vaswani et al., "Attention Is All You Need", 2017)
 # lets every position choose for itself where to look, among at most the last `block_size` characters: the
 # *context*. Inside the model each position in the text is a row of numbers, a *vector*; section 5 shows how
@@ -299,10 +306,11 @@ def attention_by_hand(query, key, value):
     >>> attention_by_hand(query, key, value).flatten()  # 8, (8 + 4) / 2, 8/4 + 4/4 + 0/2
     tensor([8., 6., 3.])
 
-    The model below uses PyTorch's, which does the same in one call and never writes down the whole table
-    of shares, and so is faster:
+    The model below uses PyTorch's, which does the same in one call, for many texts and heads at once, and is
+    faster because it never writes down the whole table of shares:
 
-    >>> F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True).flatten()
+    >>> query, key, value = query[None, None], key[None, None], value[None, None]  # one text, one head
+    >>> F.scaled_dot_product_attention(query, key, value, is_causal=True).flatten()
     tensor([8., 6., 3.])
     """
     # In row i, column j of these scores: what position i gives to position j.
@@ -331,7 +339,8 @@ class Linear(nn.Linear):
     """A linear layer: (..., in_features) -> (..., out_features). On a first reading, skip the rest of it.
 
     It computes what PyTorch's own does. But when a large matrix meets a single vector on a CPU, as in
-    writing (section 8), splitting the matrix in two halves was 1.5 to 4 times faster on two machines.
+    writing (section 8), splitting the matrix in two halves was 1.5 to 4 times faster on two machines that
+    had nothing else to do.
     """
 
     def __init__(self, in_features, out_features):
@@ -371,14 +380,14 @@ class Attention(nn.Module):
 
 
 # %% 3. The MLP
-# Attention moves information between positions but only ever averages it. The *MLP* (multi-layer
-# perceptron) is where each position, on its own, thinks about what it has gathered: a linear layer to four
-# times the width, a bend (the *activation function*), a linear layer back. Without the bend two linear
-# layers would be no more than one, since a weighted sum of weighted sums is again a weighted sum (loss
-# without: 2.13). GPT-2 bends with *GELU* (Hendrycks and Gimpel, 2016): each number x is multiplied by the
-# probability that a number from the bell curve is smaller than x (the one with mean 0 and a *standard
-# deviation*, the typical distance from the mean, of 1). Large numbers pass, strongly negative ones become 0,
-# and in between it is smooth:
+# Attention moves information between positions but only ever averages it. The *MLP* (multi-layer perceptron)
+# is where each position, on its own, thinks about what it has gathered: a linear layer to four times the
+# width, a bend (the *activation function*), a linear layer back. Without the bend two linear layers would be
+# no more than one, since a weighted sum of weighted sums is again a weighted sum (loss without: 2.13). GPT-2
+# bends with *GELU* (Hendrycks and Gimpel, 2016; its code approximated it a little): each number x is
+# multiplied by the probability that a number from the bell curve is smaller than x (the one with mean 0 and
+# a *standard deviation*, the typical distance from the mean, of 1). Large numbers pass, strongly negative
+# ones become 0, and in between it is smooth:
 #
 # >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
 # tensor([-0.0000, -0.1600,  0.0000,  0.8400,  3.0000])
@@ -559,10 +568,11 @@ class GPT(nn.Module):
 # fewer steps to learn in.
 #
 # Where do the stretches begin? Anywhere, by chance. But chance that can be repeated: a *seed* is a number
-# from which a generator of random numbers starts, and the same seed gives the same numbers forever. Step s
+# from which a generator of random numbers starts, and the same seed gives the same numbers every time. Step s
 # of a run draws all its randomness from the run's seed and s, and from nothing that happened before. That
-# is why a run of this file can be repeated to the last bit (on the same machine and PyTorch), and why one
-# that was interrupted goes on as if it never had been: there are no dice to save.
+# is why a run of this file can be repeated to the last bit (on a CPU, with the same PyTorch and number of
+# threads; GPUs add in an order of their own), and why one that was interrupted goes on as if it never had
+# been: there are no dice to save.
 
 
 def seed_of(seed, step):
@@ -655,10 +665,10 @@ def make_optimizer(model, config):
 # float32 can, but only to 8 bits of precision. float16 has 11 bits, but below 0.00000006 everything is 0,
 # small gradients too; so the loss is multiplied by a large number, which makes every gradient as many times
 # larger, and the gradients are divided by it before they are used (`GradScaler`, which also finds the
-# number). In *mixed precision* (`autocast`; Micikevicius et al., 2018) only the multiplications run in 16
-# bits, while weights, sums and the optimizer stay in float32. `auto` takes bfloat16 on GPUs that have it in
-# hardware (2020 and later), float16 on older ones such as Colab's T4 (which accepts bfloat16 but only
-# imitates it, slowly), and float32 elsewhere.
+# number). In *mixed precision* (`autocast`; Micikevicius et al., 2018) linear layers and attention run in 16
+# bits, while weights, residual stream, normalization and optimizer stay in float32. `auto` takes bfloat16 on
+# GPUs that have it in hardware (2020 and later), float16 on older ones such as Colab's T4 (which accepts
+# bfloat16 but only imitates it, slowly), and float32 elsewhere.
 
 
 def number_format(dtype, device):
@@ -730,7 +740,7 @@ def evaluate(model, tokens):
 #     the usual recipe                                              1.90
 #     initial weights of 1 / sqrt(C)                                1.84
 #     twice the learning rate, 2e-3                                 1.78
-#     warm-up of a tenth of all steps, down to 0                    1.79
+#     a tenth of all steps to warm up, then down to 0               1.79
 #     weight decay 0.3                                              1.78
 #     the head start                                                1.74
 #     smaller batches, 8 stretches of 64, in 3,000 steps            1.74
@@ -876,9 +886,10 @@ def without_onednn():
 def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, seed=1337):
     """Write on from `prompt`: an iterator over `length` characters, one at a time as they are made.
 
-    An empty prompt counts as an empty line; of one longer than the context only the last part counts. Leaves
-    the model's training mode and PyTorch's own random numbers as they were. Raises ValueError for unknown
-    characters in the prompt and for a length, temperature or top_k that makes no sense.
+    An empty prompt counts as an empty line (where the text has no lines, as the first of its characters); of
+    one longer than the context only the last part counts. Leaves the model's training mode and PyTorch's
+    own random numbers as they were. Raises ValueError for unknown characters in the prompt and for a length,
+    temperature or top_k that makes no sense.
     """
     config, device = model.config, model.wte.weight.device
     require(length >= 1, f"--length must be at least 1, not {length}")
@@ -937,7 +948,7 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # goes on learning from conversations and from people's preferences (Ouyang et al., 2022), which turns a
 # continuer of texts into an assistant.
 #
-# To read on: the papers named here are shorter than their fame suggests, and GPT-2's is a good first one;
+# To read on: most papers named here are shorter than their fame suggests, and GPT-2's is a good first one;
 # "The Annotated Transformer" (Rush, 2018) sets the first transformer's paper beside its code; and nanoGPT
 # (Karpathy, 2022) trains GPT-2 itself on many GPUs, with a model and a loop of some 300 lines each.
 
@@ -974,7 +985,8 @@ def write_whole(path, content):
     except OSError as error:
         raise OSError(f"can't write {path}: {error.strerror}; what was there is untouched") from None
     finally:
-        beside.unlink(missing_ok=True)  # debris of a failure, or of Ctrl-C; renamed, it is gone already
+        with contextlib.suppress(OSError):  # renamed, it is gone already
+            beside.unlink()  # debris of a failure, or of Ctrl-C
 
 
 def fingerprint(content):
@@ -1005,28 +1017,28 @@ def read_text(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig")  # "sig": skips a byte-order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: see its byte number {error.start}") from None
+        raise Mistake(f"{path} is not UTF-8 text: see its byte number {error.start}") from None
     except OSError as error:
         raise OSError(f"can't read the text {path}: {error.strerror}") from None
 
 
-# *Devices.* The same code runs on a CPU, on an NVIDIA GPU (`cuda`) and on an Apple one (`mps`): tensors
-# live on a device, and what is computed from them is computed there. A GPU has thousands of small cores and
-# pays off when there is work for all of them, as in the larger sizes. `auto` takes the first that is there
-# of cuda, mps and cpu. (Another device adds numbers up in another order, so results differ in the last bits.)
+# *Devices.* The same code runs on a CPU, on an NVIDIA GPU (`cuda`) and on an Apple one (`mps`): tensors live
+# on a device, and what is computed from them is computed there. A GPU has thousands of small cores, and only
+# the larger sizes have work for all of them. `auto` takes the first that is there of cuda, mps and cpu.
+# (Another device adds numbers up in another order, so results differ in the last bits.)
 
 
 def pick_device(name="auto"):
     """The torch.device of this name. Raises ValueError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":  # of several processes, each takes a GPU of its own
+    if name == "cuda":  # torchrun gives each process of a machine a number, and it takes that GPU
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.zeros(1, device=name).item()  # the proof of a device is that it works
     except Exception:
         advice = "choose auto, cpu, cuda, cuda:1 (the second GPU) or mps"
-        raise ValueError(f"--device {name} is not to be had here: {advice}") from None
+        raise Mistake(f"--device {name} is not to be had here: {advice}") from None
     device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1075,7 +1087,7 @@ def read_checkpoint(path, otherwise="train a model first: python gpt.py"):
         require(all(torch.isfinite(tensor).all() for tensor in tensors), "numbers that are not finite")
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"{path} is not a whole model of gpt.py ({reason})") from None
+        raise Mistake(f"{path} is not a whole model of gpt.py ({reason})") from None
     return found
 
 
@@ -1093,7 +1105,7 @@ def draw(path, history, marks):
         from matplotlib.figure import Figure
     except ImportError:
         advice = "pip install matplotlib, or uv run --with matplotlib gpt.py --plot ..."
-        raise ValueError(f"--plot needs matplotlib: {advice}") from None
+        raise Mistake(f"--plot needs matplotlib: {advice}") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per character)")
     axes.plot(range(1, len(history["training"]) + 1), history["training"], linewidth=0.5, label="training")
@@ -1101,8 +1113,10 @@ def draw(path, history, marks):
     for (name, loss), style in zip(marks.items(), (":", "-.", "--")):
         axes.axhline(loss, color="gray", linestyle=style, label=f"{name}: {loss:.2f}")
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix[1:] or "png")  # raises ValueError for an unknown format
+    buffer, kind = io.BytesIO(), Path(path).suffix[1:] or "png"
+    kinds = figure.canvas.get_supported_filetypes()
+    require(kind in kinds, f"--plot can't draw {path}: it can end in .{', .'.join(kinds)}")
+    figure.savefig(buffer, format=kind)
     write_whole(path, buffer.getvalue())
     return figure
 
@@ -1134,7 +1148,7 @@ class Parser(argparse.ArgumentParser):
     """argparse answers a mistake with two lines and exits; ours says it in one, like all other mistakes."""
 
     def error(self, message):
-        raise ValueError(f"{message}; python gpt.py --help lists all flags")
+        raise Mistake(f"{message}; python gpt.py --help lists all flags")
 
 
 def read_flags(argv):
@@ -1152,9 +1166,9 @@ def read_flags(argv):
 
 
 def refuse(names, why):
-    """Stop with a ValueError that names the first of these flags, if there is one."""
-    for name in sorted(names):
-        raise ValueError(f"--{name.replace('_', '-')} can't be given beside {why}")
+    """Stop with a Mistake unless these flags, which don't fit with the others, are none."""
+    first = min(names, default="").replace("_", "-")
+    require(not names, f"--{first} can't be given beside {why}")
 
 
 def settings_for(given, unfinished):
@@ -1164,30 +1178,34 @@ def settings_for(given, unfinished):
         harmless = {"resume", "out", "steps", "device", "data", "plot"} | WRITING
         refuse(given.keys() - harmless, "--resume: the run keeps the settings that it began with")
         start = read_checkpoint(unfinished, "there is no run to resume")
-        require("step" in start, f"{unfinished} is a finished model, not a run to resume")
+        whole = start.keys() >= {"step", "optimizer", "scaler", "history", "data", "text"}
+        require(whole, f"{unfinished} is a model, not a run to resume")
         config = replace(Config(**start["config"]), **chosen)
         require(config.steps >= start["step"], f"the run has done {start['step']} --steps already")
         return config, start
-    if "init_from" in given:  # gentler than from nothing, lest it forget: a quarter of the rate, fewer steps
-        refuse(given.keys() & {"size", *SHAPE}, "--init-from: the trained model has its shape")
+    if "init_from" in given:
+        fixed = {"size", *SHAPE, "init_std", "head_start"}
+        refuse(given.keys() & fixed, "--init-from: the trained model has its shape and its weights")
         start = read_checkpoint(given["init_from"])
         config = Config(**start["config"])
-        eighth = {"steps": config.steps // 8 + 1, "eval_every": config.eval_every // 8 + 1}
-        return replace(config, **{"lr": config.lr / 4, "warmup": None, **eighth, **chosen}), start
+        # Gentler than from nothing, lest it forget: a quarter of the rate for its width, fewer steps.
+        gentle = {"lr": Config.lr / 4 * Config.n_embd / config.n_embd, "warmup": None}
+        gentle |= {name: getattr(Config, name) // 8 + 1 for name in ("steps", "eval_every")}
+        return replace(config, **(gentle | chosen)), start
     size = given.get("size", "tiny")
     require(size in SIZES, f"unknown --size {size!r}: choose {', '.join(SIZES)}")
     return Config(**{**SIZES[size], **chosen}), None
 
 
-# *Before a run*, all that can be wrong is looked at, and nothing is written until it has been: a mistake
-# that comes to light only after a night of training, or after the old model has been written over, is the
-# worst kind.
+# *Before a run*, everything that can be wrong is checked, and no model is written until it has been: a
+# mistake that comes to light only after a night of training, or after the old model has been written over, is
+# the worst kind.
 
 
 def prepare(given, out, unfinished):
     """The flags -> config, checkpoint to start from (or None), path of the text, text, tokenizer.
 
-    Whether all of it fits together is checked here, before anything is written. Raises ValueError or OSError.
+    Raises ValueError or OSError where they don't fit together.
     """
     config, start = settings_for(given, unfinished)
     resumed = start if "resume" in given else {}
@@ -1198,6 +1216,8 @@ def prepare(given, out, unfinished):
     require(enough, f"{path} has {len(text)} characters: a context of {T} needs {10 * T + 1}")
     same = not resumed or resumed["text"] == fingerprint(text.encode())
     require(same, f"{path} is not the text that the run in {unfinished} began with")
+    lost = resumed and resumed["history"]["held_out"] and not out.exists()
+    require(not lost, f"there is no {out}, the best model so far of the run in {unfinished}: put it back")
     overwritten = path.resolve() in (out.resolve(), unfinished.resolve())
     require(not overwritten, f"--out {out} would overwrite the text")
     tokenizer = CharTokenizer(start["characters"]) if start else CharTokenizer.from_text(text)
@@ -1224,17 +1244,19 @@ def describe(path, tokens, cut, model):
 
 
 def set_aside(out, unfinished):
-    """A new run keeps what it finds under another name."""
+    """A new run keeps what it finds under another name, one that is still free."""
     for older in (out, unfinished):
         if older.exists():
-            write_whole(f"{older}.old", older.read_bytes())
-            say(f"{older} was there and is kept as {older}.old.")
+            names = (f"{older}.old{number}" for number in ("", *range(2, 1000)))
+            aside = next(name for name in names if not Path(name).exists())
+            write_whole(aside, older.read_bytes())
+            say(f"{older} was there and is kept as {aside}.")
     with contextlib.suppress(OSError, ValueError):  # there may be no earlier run
         earlier = read_checkpoint(unfinished)
         done, steps = earlier["step"], earlier["config"]["steps"]
         if done < steps:
             say(f"It is a run that stopped at step {done} of {steps}. To go on with that one instead, press")
-            say("Ctrl-C, rename what is called .old back and use --resume.")
+            say("Ctrl-C, give what was kept its old name back, and use --resume.")
 
 
 # *During a run*, whoever waits wants to know three things: does it learn, how fast, and how long still? A
@@ -1243,15 +1265,16 @@ def set_aside(out, unfinished):
 
 
 def tell(report, config, losses, begun, ahead):
-    """Say how a run is going: a line for each piece of news and, on a terminal, one that is always new.
+    """Say how a run is going: a line for each piece of news and, on a terminal, one that is rewritten.
 
-    losses: of every step so far. begun: the step at which this call began. ahead: the yardsticks that are
-    still to be passed; those passed now are taken out of it.
+    losses: of every step so far. begun: the step and the time at which the run began, or went on. ahead: the
+    yardsticks still to be passed; those passed now are taken out of it.
     """
     recent, look, live = losses[-20:], report.held_out is not None, sys.stdout.isatty()
-    mean, pace = sum(recent) / len(recent), report.seconds / (report.step - begun)
-    minutes, seconds = divmod(round(pace * (config.steps - report.step)), 60)
-    speed = config.batch_size * config.block_size / pace
+    mean, done = sum(recent) / len(recent), report.step - begun[0]
+    left = (time.perf_counter() - begun[1]) / done * (config.steps - report.step)
+    minutes, seconds = divmod(round(left), 60)
+    speed = config.batch_size * config.block_size * done / report.seconds
     passed = [name for name, loss in ahead.items() if len(recent) == 20 and mean < loss]
     line = f"step {report.step:,} of {config.steps:,}  training loss {mean:.3f}"
     line += f"  held-out loss {report.held_out:.4f}" if look else ""
@@ -1273,11 +1296,11 @@ def tell(report, config, losses, begun, ahead):
 
 @contextlib.contextmanager
 def noting_signals():
-    """Inside this `with`, signals are noted in the list that it gives; a second one ends the program."""
+    """Inside this `with`, Ctrl-C and SIGTERM are only added to the list that it gives, the first time."""
 
     def note(number, frame):
         noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, before[number])
 
     noted, before = [], {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1312,6 +1335,7 @@ def run(given, how):
     number_format(config.dtype, device)  # raises if the device can't do it
     logging.getLogger("torch.utils.cpp_extension").setLevel("ERROR")  # --compile would warn of a missing CUDA
     model = GPT(config)
+    how["seed"] = config.seed
     generate(model, tokenizer, **how)  # raises if the scene can't be written
     if start:
         model.load_state_dict(start["model"])
@@ -1320,7 +1344,7 @@ def run(given, how):
     marks = describe(path, tokens, cut, model)
     tokens = tokens.to(device)
 
-    # From here on there may be several processes. All of them train; only the first prints and saves.
+    # From here on, several processes work together. All of them train; only the first prints and saves.
     rank, processes = place_among_processes()
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -1339,7 +1363,7 @@ def run(given, how):
         set_aside(out, unfinished)
         save_state({"step": 0, "optimizer": make_optimizer(model, config).state_dict(), "scaler": {}})
 
-    begun, ahead = len(history["training"]), {} if resumed else dict(marks)
+    begun, ahead = (len(history["training"]), time.perf_counter()), dict(marks)
     best = min((loss for _, loss in history["held_out"]), default=math.inf)
     with noting_signals() as noted:
         for report in train(model, tokens[:cut], tokens[cut:], resumed):
@@ -1379,7 +1403,7 @@ def remedy(error, given):
     reason = (str(error).splitlines() or [""])[0][:150]
     if isinstance(error, FloatingPointError):
         return reason
-    if isinstance(error, MemoryError) or "memory" in reason:
+    if isinstance(error, MemoryError) or "out of memory" in reason or "allocate memory" in reason:
         return "out of memory: lower --batch-size, --block-size or --n-embd, or take a smaller --size"
     if place_among_processes()[1] > 1:
         return f"another process of this run has ended ({reason}); start all again with --resume"
@@ -1388,18 +1412,15 @@ def remedy(error, given):
     raise error
 
 
-def main(argv=None):
-    """Do what the command line says (a list of words, or one string). Returns the exit status, or None."""
+def main(argv=""):
+    """Do what the command line says (one string, or a list of words). Returns the exit status, or None."""
     global model, tokenizer
-    if argv is None:
-        argv = [] if NOTEBOOK else sys.argv[1:]  # in a notebook, sys.argv belongs to Jupyter
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows may have another encoding than UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         given = read_flags(shlex.split(argv) if isinstance(argv, str) else argv)
-        how = {"prompt": "", "seed": given.get("seed", Config.seed)}
-        how |= {name: given[name] for name in WRITING & given.keys()}
+        how = {"prompt": ""} | {name: given[name] for name in {"seed", *WRITING} & given.keys()}
         how["prompt"] = sys.stdin.read() if how["prompt"] == "-" else how["prompt"]
         if "generate" not in given:
             return run(given, how)
@@ -1418,7 +1439,7 @@ def main(argv=None):
     except BrokenPipeError:  # whoever read our output has gone, as in `python gpt.py --generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return None
-    except (ValueError, OSError) as error:
+    except (Mistake, OSError) as error:
         status, trouble = 2, error
     except (FloatingPointError, RuntimeError, MemoryError) as error:
         status, trouble = 1, remedy(error, given)
@@ -1428,6 +1449,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    exit_status = main()
+    # In a notebook, the command line is Jupyter's own, unless the file was started by `%run gpt.py`.
+    started = not NOTEBOOK or Path(sys.argv[0]).name == Path(globals().get("__file__", "")).name
+    exit_status = main(sys.argv[1:] if started else "")
     if exit_status and not NOTEBOOK:  # in a notebook the line on standard error is enough
         sys.exit(exit_status)
