@@ -1166,7 +1166,7 @@ def read_flags(argv):
 
 
 def refuse(names, why):
-    """Stop with a Mistake unless these flags, which don't fit with the others, are none."""
+    """Stop with a Mistake that names the first of these flags, unless there are none."""
     first = min(names, default="").replace("_", "-")
     require(not names, f"--{first} can't be given beside {why}")
 
@@ -1329,7 +1329,7 @@ def run(given, how):
     """
     global model, tokenizer  # for the next cell of a notebook
     out = Path(given.get("out", "gpt.pt"))
-    unfinished = out.with_name(f"{out.stem}.resume{out.suffix}")
+    unfinished = Path("{}.resume{}".format(*os.path.splitext(out)))
     device = pick_device(given.get("device", "auto"))
     config, start, path, text, tokenizer = prepare(given, out, unfinished)
     number_format(config.dtype, device)  # raises if the device can't do it
@@ -1424,9 +1424,8 @@ def main(argv=""):
         how["prompt"] = sys.stdin.read() if how["prompt"] == "-" else how["prompt"]
         if "generate" not in given:
             return run(given, how)
-        refuse(
-            given.keys() - {"generate", "out", "device", "seed"} - WRITING, "--generate: nothing is trained"
-        )
+        allowed = {"generate", "out", "device", "seed"} | WRITING
+        refuse(given.keys() - allowed, "--generate: nothing is trained")
         model, tokenizer = load(given.get("out", "gpt.pt"), pick_device(given.get("device", "auto")))
         characters, T = generate(model, tokenizer, **how), model.config.block_size
         if len(how["prompt"]) > T:
@@ -1443,6 +1442,8 @@ def main(argv=""):
         status, trouble = 2, error
     except (FloatingPointError, RuntimeError, MemoryError) as error:
         status, trouble = 1, remedy(error, given)
+    if status == 1 and sys.stdout.isatty():
+        print()  # to leave the line that is rewritten
     if status == 1 or place_among_processes()[0] == 0:  # wrong input is the same in all processes
         print(f"gpt.py: {trouble}", file=sys.stderr)
     return status

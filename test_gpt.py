@@ -737,6 +737,8 @@ BAD_INPUT = """
 --dtype int8                                        | --dtype
 --out nowhere/gpt.pt                                | can't write nowhere
 --out folder                                        | folder
+--out .                                             | directory
+--out ''                                            | directory
 --out input.txt                                     | overwrite
 --frobnicate                                        | --frobnicate
 --size                                              | --size
