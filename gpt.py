@@ -3,13 +3,13 @@
 # dependencies = ["torch>=2.6"]
 # ///
 """
-This file is a complete language model: GPT-2's architecture, trained from nothing on Shakespeare, one
-character at a time, until it writes plays of its own. PyTorch does the arithmetic, the gradients and the
-optimizer; all else is on this page.
+This file is a complete language model: GPT-2's architecture, trained from nothing on the characters of
+Shakespeare, until it writes plays of its own. PyTorch does the arithmetic, the gradients and the optimizer;
+all else is on this page.
 
 The same architecture can be trained badly or well, and most of what makes a model of this size good is how
-it is trained. This one reaches the loss of the usual tutorial recipe (nanoGPT's, for a CPU) in a fraction of
-its time, and section 7 says why.
+it is trained. On a CPU, this one becomes as good as the usual tutorial's (nanoGPT's) in a fraction of the
+time, and section 7 says why.
 
     python gpt.py                                    train the tiny model on input.txt, then write a scene
     python gpt.py --generate --prompt "HAMLET:"      write more, with the model that is now in gpt.pt
@@ -34,9 +34,9 @@ tensors, before and after, and the letters always mean the same:
     V  vocabulary: how many different characters there are, `vocab_size`
     ...  any further dimensions
 
-Two habits of PyTorch save many loops. A tensor of numbers can be an index: `table[tokens]` looks up a row for
-each of them. And where one tensor has a dimension of 1, or lacks it, it is repeated to fit the other:
-(B, T, C) + (T, C) adds the same (T, C) to each of the B (*broadcasting*).
+Two habits of PyTorch save many loops. A tensor of numbers can be an index: `table[tokens]` looks up a row
+for each of them. And where a tensor has length 1 in some dimension, or lacks it, its numbers are repeated to
+fit the other tensor's: (B, T, C) + (T, C) adds the same (T, C) to each of the B (*broadcasting*).
 """
 
 # %% 0. Settings
@@ -270,7 +270,7 @@ def yardsticks(training, held_out, vocab_size):
 # line is verse shows only further back. *Attention* (Vaswani et al., "Attention Is All You Need", 2017)
 # lets every position choose for itself where to look, among at most the last `block_size` characters: the
 # *context*. Inside the model each position in the text is a row of numbers, a *vector*; section 5 shows how
-# a character becomes one. From it three more are computed:
+# a character becomes one. From it a layer (below) makes three more:
 #
 #     query  what this position is looking for
 #     key    what this position has to offer those who look
@@ -280,11 +280,12 @@ def yardsticks(training, held_out, vocab_size):
 # *dot product*): that is the *score* which the first gives the second, large where the two fit. *Softmax*
 # turns the scores that a position gives into shares: e to the power of each, divided by their sum, so that
 # all are positive and add up to 1. The result is the mean of the values, weighted by these shares. One thing
-# more: a query has `head_size` numbers (32 in tiny), and a sum of as many products, some positive and some
-# negative, grows only with the root of their number, since plus and minus mostly cancel: of a hundred tosses
-# of a coin, one side leads by about ten. At the start of training such a sum is large by nothing but
-# chance, and softmax would give nearly all to the largest; so scores are first divided by that root. (In the
-# code `@` multiplies tables, *matrices*: here it makes the dot product of every query with every key.)
+# more: a dot product is a sum, here of `head_size` products (32 in tiny), some positive and some negative,
+# and such a sum is by chance alone about as large as the root of their number: of a hundred tosses of a
+# coin, one side leads by about ten. Softmax would give nearly all to whichever chance has made the largest,
+# before anything has been learned; so scores are first divided by that root. (In the code `@` multiplies
+# tables, *matrices*: it makes the dot product of each row of the first with each column of the second. Hence
+# the `transpose`; and `shares @ value` makes the weighted means.)
 #
 # Now the one rule a text imposes. In training, every position of a text guesses the character after it, all
 # of them at once; so a position may look back, never ahead, or it would read its answer instead of guessing.
@@ -306,10 +307,10 @@ def attention_by_hand(query, key, value):
     >>> attention_by_hand(query, key, value).flatten()  # 8, (8 + 4) / 2, 8/4 + 4/4 + 0/2
     tensor([8., 6., 3.])
 
-    The model below uses PyTorch's, which does the same in one call, for many texts and heads at once, and is
-    faster because it never writes down the whole table of shares:
+    The model below uses PyTorch's, which does the same in one call, with two dimensions more (see below),
+    and is faster because it never writes down the whole table of shares:
 
-    >>> query, key, value = query[None, None], key[None, None], value[None, None]  # one text, one head
+    >>> query, key, value = query[None, None], key[None, None], value[None, None]  # (1, 1, 3, 1) each
     >>> F.scaled_dot_product_attention(query, key, value, is_causal=True).flatten()
     tensor([8., 6., 3.])
     """
@@ -327,8 +328,8 @@ def attention_by_hand(query, key, value):
 # remembers.) One linear layer makes query, key and value in one go. We do not attend once but `n_head` times
 # side by side, each *head* with its own slice of query, key and value, so that one can watch the last letter
 # while another watches the speaker's name: `head_size` is C / n_head. A last linear layer mixes what the
-# heads have found. The names are those of GPT-2's own files: `c_attn` makes query, key and value, and
-# `c_proj` projects back to width C.
+# heads have found. The names are those of GPT-2's own files: `c_attn` makes query, key and value;
+# `c_proj` ("projection") mixes the heads.
 #
 # *Dropout* (Srivastava et al., 2014) sets a random share of a layer's outputs to 0, in training only, and
 # enlarges the rest to make up for it. No part can then rely on a few others, which hinders learning by heart.
@@ -372,7 +373,7 @@ class Attention(nn.Module):
         if cache is not None:  # only when writing: section 8 explains it, and `start`
             cache[:, :, :, start : start + T] = qkv[1:]  # (2, B, n_head, T, head_size)
             k, v = cache[:, :, :, : start + T].unbind()  # (B, n_head, start + T, head_size) each
-        # A query alone (T = 1) is the newest and may see every key; the mask would take it for the first.
+        # T = 1 is the newest position, which may see every key; the mask would take it for the first.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, head_size) -> (B, T, C)
         y = self.c_proj(y)  # (B, T, C)
@@ -384,10 +385,10 @@ class Attention(nn.Module):
 # is where each position, on its own, thinks about what it has gathered: a linear layer to four times the
 # width, a bend (the *activation function*), a linear layer back. Without the bend two linear layers would be
 # no more than one, since a weighted sum of weighted sums is again a weighted sum (loss without: 2.13). GPT-2
-# bends with *GELU* (Hendrycks and Gimpel, 2016; its code approximated it a little): each number x is
-# multiplied by the probability that a number from the bell curve is smaller than x (the one with mean 0 and
-# a *standard deviation*, the typical distance from the mean, of 1). Large numbers pass, strongly negative
-# ones become 0, and in between it is smooth:
+# bends with *GELU* (Hendrycks and Gimpel, 2016; GPT-2's code approximated it): each number x is multiplied by
+# the probability that a number drawn from the bell curve with mean 0 and *standard deviation* (the typical
+# distance from the mean) 1 is smaller than x. Large numbers pass, strongly negative ones become 0, and in
+# between it is smooth:
 #
 # >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
 # tensor([-0.0000, -0.1600,  0.0000,  0.8400,  3.0000])
@@ -445,14 +446,15 @@ class Block(nn.Module):
 
 
 # %% 5. The model
-# What is still missing are the two ends. Going in, each token becomes a vector: row number `token` of a
-# learned table, its *embedding*. Attention by itself ignores order (a weighted mean has none; the mask
-# tells only before from after), so a second table has a vector for each position in the context, and the
-# two are added. Without it, what came before is little more than a bag of letters (2.40). Coming out,
-# after a last layer normalization, the dot product of each vector with each row of the first table gives a
-# number for each character, its *logit*: the higher, the likelier; softmax turns them into probabilities.
-# Using one table at both ends is *weight tying* (Press and Wolf, 2017): a character is read and written
-# with the same vector, and learned once.
+# What is still missing are the two ends. Going in, each token becomes a vector, its *embedding*: row number
+# `token` of a learned table. Attention by itself ignores order (a weighted mean has none; the mask tells
+# only before from after), so a second table has a vector for each position in the context, and the two are
+# added. Without it, what came before is little more than a bag of letters (2.40). Coming out, after a last
+# layer normalization, the dot product of each vector with each row of the first table gives a number for
+# each character, its *logit*: the higher, the likelier; softmax turns them into probabilities. Using one
+# table at both ends is *weight tying* (Press and Wolf, 2017): a character is read and written with the same
+# vector, and learned once. (With two tables: 1.86. So here it gains nothing; but in GPT-2 the table is a
+# third of all parameters.)
 #
 # Count the parameters: the two tables; in each block 12 C² weights, 9 C biases, and 4 C numbers in its two
 # layer normalizations; and 2 C in the last one.
@@ -463,15 +465,15 @@ class Block(nn.Module):
 # ['0.4 M', '3.2 M', '10.8 M', '85.9 M']
 #
 # The *initial weights* must be random: if all started equal, all rows of a matrix would be changed in the
-# same way and stay alike forever. How large they are (their standard deviation; their mean is 0) matters more
-# than it seems. What a layer gives out is a sum of C products, which grows with the root of C (section 2);
-# weights of 1 / sqrt(C) cancel that, so that what comes out is as large as what went in. (The second layer of
-# an MLP sums 4 C, but GELU has made most of its inputs small.) That is 0.088 at width 128. GPT-2 drew its
-# weights at 0.02, not far off at its widths of 768 to 1,600; in tiny, every layer would answer four times too
-# faintly, and the first hundreds of steps go into making them louder. The tables get the same spread, which
-# makes each of their rows a vector of length 1. Layers that write to the residual stream start smaller by a
-# factor of sqrt(2 * n_layer), as in GPT-2: each block writes twice, and so the stream does not grow with the
-# number of blocks.
+# same way and stay alike forever. How large they are (their standard deviation; their mean is 0) matters
+# more than it seems. What a layer gives out is a sum of C products, which grows with the root of C (section
+# 2); weights of 1 / sqrt(C) cancel that, so that what comes out is as large as what went in. (The second
+# layer of an MLP sums 4 C, but GELU has made most of its inputs small.) That is 0.088 at width 128. GPT-2
+# drew its weights at 0.02, not far off at its widths of 768 to 1,600; in tiny, all layers would answer four
+# times too faintly, and the first hundreds of steps would go into making them louder. The tables get the
+# same spread, which makes each of their rows a vector of length 1. Layers that write to the residual stream
+# start smaller by a factor of sqrt(2 * n_layer), as in GPT-2: each block writes twice, and so the stream
+# does not grow with the number of blocks.
 #
 # One more thing need not start at random. What predicts a character best are the few just before it, so a
 # model of text must first learn to look there. That is hard to find: token and position are added, so
@@ -486,11 +488,12 @@ class Block(nn.Module):
 #       the cosine of the hand's angle. (The first transformer had such waves, never trained.) Going back one
 #       position then turns each hand by its own fixed angle, wherever one is.
 #
-# So a head whose keys are made from the hands can make, for its query, the same from the hands turned back by
-# d positions. But for what normalization changes, the query at p then equals the key at p - d, and a vector's
-# dot product with itself is larger than with others of about its length. Head 1 of the first block starts by
-# looking one character back, head 2 two, and so on: about three quarters of their shares go there. (In higher
-# blocks the channels have been mixed, and heads start at random.) The loss without: 2.27.
+# So where a head makes its keys from the hands, its query can be what the key would be with all hands turned
+# back by d positions. Normalization aside, the query at p then equals the key at p - d, and a vector's dot
+# product with itself is larger than with others of about its length. So head 1 of the first block starts by
+# looking one character back, head 2 two, and so on: nearly all of their shares go there. (Half, once the same
+# hands also stand C / 2 further back. Paces that never meet again bring no lower loss.) In higher blocks the
+# channels have been mixed, and heads start at random. The loss without all this: 2.27.
 
 
 class GPT(nn.Module):
@@ -525,8 +528,8 @@ class GPT(nn.Module):
         C, n_head = self.config.n_embd, self.config.n_head
         hands = C // 8
         where = C - 2 * hands  # the position's channels begin here: sines first, then cosines
-        # Each hand's turn in one position. Spread like this, from nearly nothing to nearly half a circle, the
-        # hands agree at no distance but 0: two positions less than C / 4 apart have a dot product of 0.
+        # Each hand's turn in one position, from nearly nothing to nearly half a circle. Spread like this, two
+        # positions less than C / 4 apart have a dot product of 0; C / 2 apart, all hands have come round.
         pace = math.pi * (torch.arange(hands) + 0.5) / hands  # (hands,)
         angle = torch.arange(self.config.block_size)[:, None] * pace  # (T, 1) * (hands,) -> (T, hands)
         self.wte.weight[:, where:] = 0
@@ -540,7 +543,7 @@ class GPT(nn.Module):
         queries[:, :where] = keys[:, :where] = values[:, where:] = 0
         keys *= 3  # and so the queries: scores are 9 times as large, and most of the share goes to one place
         for d, (query, key) in enumerate(zip(queries.chunk(n_head), keys.chunk(n_head)), start=1):
-            # With hands at angles x, key = s sin x + c cos x. The query is to be the same at x - y, and
+            # With hands at angles x, key = s sin x + c cos x. The query at x is to be the key at x - y, and
             #     sin(x - y) = sin x cos y - cos x sin y        cos(x - y) = cos x cos y + sin x sin y
             s, c = key[:, where:].chunk(2, dim=1)  # (head_size, hands) each
             sin_y, cos_y = (pace * d).sin(), (pace * d).cos()  # (hands,) each
@@ -594,19 +597,19 @@ def get_batch(tokens, batch_size, block_size, seed, step):
 
 
 # %% 7. Training
-# The model starts knowing nothing. Each step of training takes one batch and asks of each parameter: if it
-# were a little larger, how much would the loss rise or fall? These numbers are the *gradient*, and PyTorch
-# works them out backwards from the loss through everything that led to it (`loss.backward()`). The
-# *optimizer* then moves each parameter a little the other way. That is all; what remains is how far to
-# move, in which direction exactly, and how to judge the result.
+# The model starts knowing nothing of the text. Each step of training takes one batch and asks of each
+# parameter: if it were a little larger, how much would the loss rise or fall? These numbers are the
+# *gradient*, and PyTorch works them out backwards from the loss through everything that led to it
+# (`loss.backward()`). The *optimizer* then moves each parameter a little the other way. That is all; what
+# remains is how far to move, in which direction exactly, and how to judge the result.
 #
 # *The learning rate* is how far. Too small wastes time, too large throws away what was learned; what is
 # right is, after a short run-up, large early and small at the end. *Warm-up*: over the first steps it rises
-# from almost 0, since the optimizer (below) does not yet know how large gradients usually are, and a first
-# wild step can do lasting harm. *Cosine decay* (Loshchilov and Hutter, 2017): from the peak it falls along
-# half a cosine wave, first slowly, then fast, then gently to its end. Large steps find the region, small
-# ones the lowest point in it; a run that stays at the peak keeps jumping about that point and ends with a
-# higher loss.
+# from almost 0, since the optimizer (below) goes by the mean of many gradients and has seen few: it would
+# move every parameter the whole distance on the word of one batch. *Cosine decay* (Loshchilov and Hutter,
+# 2017): from the peak it falls along half a cosine wave, first slowly, then fast, then gently to its end.
+# Large steps find the region, small ones the lowest point in it; a run that stays at the peak keeps jumping
+# about that point and ends with a higher loss.
 
 
 def learning_rate(step, config):
@@ -626,11 +629,12 @@ def learning_rate(step, config):
 # *AdamW* (Kingma and Ba, 2015; Loshchilov and Hutter, 2019) does not follow a gradient as it comes, since
 # batches differ and single ones mislead. For each parameter it keeps two running means, of the gradient and
 # of its square. In each step the first keeps 0.9 of its old value and takes a tenth of the new gradient, and
-# so looks back on about 10 steps; the second keeps `beta2` = 0.99 and looks back on about 100. The parameter
-# moves by the learning rate times the first divided by the root of the second. That quotient is near 1 while
-# the gradients agree and near 0 while they cancel, whether they are large or tiny; plain gradient descent
-# would need a rate of its own for each kind of layer. In its first step, a gradient of 100 and one of 0.001
-# move their parameters equally far:
+# so looks back on about 10 steps; the second keeps `beta2` = 0.99 and looks back on about 100 (both
+# corrected for having started at 0). The parameter moves by the learning rate times the first divided by the
+# root of the second. That quotient is near 1 or -1 while the gradients agree and near 0 while they cancel,
+# whether they are large or tiny; plain gradient descent would need a rate of its own for each kind of layer
+# (with one for all, the best of four, it comes to 1.95). In its first step, a gradient of 100 and one of
+# 0.001 move their parameters equally far:
 #
 # >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
 # >>> weight.grad = torch.tensor([100.0, 0.001])
@@ -646,6 +650,9 @@ def learning_rate(step, config):
 # *Gradient clipping* (Pascanu et al., 2013): now and then a batch is so odd that its gradient, all its
 # numbers taken as one long arrow, is many times longer than usual; a gradient longer than `grad_clip` is
 # first shortened to that, so that one bad step does not undo many.
+#
+# Decay, clipping and warm-up are insurance: in 500 steps of tiny, leaving out any one of them changes the
+# loss by 0.01 at most. Large models in long runs need them.
 
 
 def make_optimizer(model, config):
@@ -656,7 +663,7 @@ def make_optimizer(model, config):
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    fused = matrices[0].device.type != "mps"  # all parameters in one go instead of one after the other
+    fused = matrices[0].device.type != "mps"  # all parameters in one go, but on Apple's GPUs one by one
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
 
 
@@ -751,13 +758,14 @@ def evaluate(model, tokens):
 # where the heads look first. (The head start gains ten times as much in a run of 500 steps: 1.87 instead of
 # 2.27.) The schedule gains nothing here, but it suits any number of steps; decay and smaller batches gain
 # next to nothing, longer contexts a little, and the rest is patience. To spend the same computation on a
-# larger model instead, and so on fewer steps, loses: with the usual recipe, four layers come to 2.10 and a
-# width of 256 to 2.05, against 1.90. Eight heads instead of four change nothing.
+# larger model instead, and so on fewer steps, loses: with the usual recipe, four layers come to 2.10 in half
+# the steps and a width of 256 to 2.05 in a quarter of them, against 1.90. Eight heads instead of four change
+# nothing.
 #
-# In time: nanoGPT's model for a CPU has four layers, and in its 2,000 steps of the usual recipe does twice
-# the work of the first line. That took two cores 86 seconds and ended at 1.90, too. Ours, given settings for
-# haste, took 12 (`--block-size 64 --lr 3e-3 --steps 700`: short contexts make cheap steps, and in a short
-# run the rate can be higher).
+# In time: nanoGPT's own model for a CPU has four layers and takes all 2,000 steps, twice the work of the
+# first line. It ended at 1.90 as well, after 86 seconds on two cores. Ours, given settings for haste, was
+# there after 12 seconds (`--block-size 64 --lr 3e-3 --steps 700`: short contexts make cheap steps, and in a
+# short run the rate can be higher).
 #
 # The other sizes follow from tiny. The wider the model, the smaller its learning rate, about in inverse
 # proportion: what a layer gives out is a sum over its width, and many small changes add up. A step shrinks
@@ -875,7 +883,7 @@ def probabilities(logits, temperature=1.0, top_k=0):
 
 @contextlib.contextmanager
 def without_onednn():
-    """Without oneDNN (or mkldnn), a library that wakes every core even for one position's GELU, on a CPU."""
+    """Without oneDNN (mkldnn), which wakes every CPU core even for one position's GELU, and so slows it."""
     before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
     try:
         yield
@@ -886,7 +894,7 @@ def without_onednn():
 def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, seed=1337):
     """Write on from `prompt`: an iterator over `length` characters, one at a time as they are made.
 
-    An empty prompt counts as an empty line (where the text has no lines, as the first of its characters); of
+    An empty prompt counts as two line ends (where the text has none, as the first of its characters); of
     one longer than the context only the last part counts. Leaves the model's training mode and PyTorch's
     own random numbers as they were. Raises ValueError for unknown characters in the prompt and for a length,
     temperature or top_k that makes no sense.
@@ -926,14 +934,14 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 
 
 # That is all there is to it: whoever has come this far has seen every part of a language model. What
-# separates it from those in the news is, first of all, scale, and that can be reckoned: each parameter
-# costs a multiplication and an addition for each character on the way forward, and twice that on the way
-# back (for the gradients of the weights and for those of what went in), 6 operations in all. Here is the
-# training of `medium` at 100 billion operations a second (a laptop's CPU), and at 22 and 330 million million
-# (a third of what Colab's T4 and an H100 can do at best):
+# separates it from those in the news is, first of all, scale, and that can be reckoned: each parameter costs
+# a multiplication and an addition for each character on the way forward, and twice that on the way back (for
+# the gradients of the weights and for those of what went in), 6 operations in all. Here is the training of
+# `medium` at 0.1 trillion operations a second (a laptop's CPU), and at 22 and 330 trillion (a third of what
+# Colab's T4 and an H100 can do at best):
 #
 # >>> operations = 6 * 10.8e6 * (16 * 256) * 6000  # parameters, characters a step, steps
-# >>> [f"{operations / each_second / 60:,.1f} minutes" for each_second in (100e9, 22e12, 330e12)]
+# >>> [f"{operations / each_second / 60:,.1f} minutes" for each_second in (0.1e12, 22e12, 330e12)]
 # ['265.4 minutes', '1.2 minutes', '0.1 minutes']
 #
 # (For GPUs that is too good to be true: with a model this small, starting an operation takes them longer than
@@ -955,9 +963,8 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 
 # %% 9. Around the lesson
 # The mathematics is done; what follows makes it a program that people can trust with a night of computing.
-# First, the text: any UTF-8 file. Where there is none, it fetches Tiny Shakespeare, the text that Andrej
-# Karpathy's char-rnn made famous (1.1 million characters; numbers in this file are about our ten plays), and
-# accepts it only if its fingerprint is the right one.
+# First, the text: any UTF-8 file. Where there is none, Tiny Shakespeare is fetched (1.1 million characters
+# that Andrej Karpathy's char-rnn made famous), and taken only if its fingerprint is the right one.
 
 NOTEBOOK = hasattr(builtins, "__IPYTHON__")  # running in Jupyter or Colab
 TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -1025,7 +1032,7 @@ def read_text(path):
 # *Devices.* The same code runs on a CPU, on an NVIDIA GPU (`cuda`) and on an Apple one (`mps`): tensors live
 # on a device, and what is computed from them is computed there. A GPU has thousands of small cores, and only
 # the larger sizes have work for all of them. `auto` takes the first that is there of cuda, mps and cpu.
-# (Another device adds numbers up in another order, so results differ in the last bits.)
+#
 
 
 def pick_device(name="auto"):
@@ -1050,8 +1057,8 @@ def pick_device(name="auto"):
 # loss so far, to be used and shared: settings, characters, weights, and the losses on the way.
 # `gpt.resume.pt` is what it takes to go on: the weights as they are now, which may be worse than the best,
 # the two running means that AdamW keeps for each of them, and the number of steps done (in float16 also
-# how much the loss is scaled). Of chance nothing needs to be kept (section 6). So a run that is stopped, or
-# killed at any moment, and then resumed ends as one that was left in peace; the tests kill a few to prove it.
+# how much the loss is scaled). Of chance nothing needs to be kept (section 6). So a run that is stopped or
+# killed at any moment, and resumed, ends like one that was left in peace; the tests kill a few to prove it.
 #
 # A file from somebody else can't be trusted. Python's own format for such things, pickle, may run any code
 # when it is opened. With `weights_only=True` PyTorch reads tensors and plain values and refuses the rest;
@@ -1079,7 +1086,7 @@ def read_checkpoint(path, otherwise="train a model first: python gpt.py"):
         require(len(tensors) == 12 * config.n_layer + 4, "wrong number of weights")  # 12 in each block
         require(len(set(found["characters"])) == config.vocab_size, "wrong number of characters")
         GPT(config).load_state_dict(found["model"])  # compares all names and shapes
-        if found.get("step"):  # then the optimizer has its two means for each weight
+        if found.get("step"):  # then the optimizer has two means for each weight, and a count, a lone number
             means = [t for entry in found["optimizer"]["state"].values() for t in entry.values() if t.dim()]
             shapes = sorted(2 * [t.shape for t in tensors])
             require(sorted(t.shape for t in means) == shapes, "wrong shapes of the optimizer")
@@ -1166,7 +1173,7 @@ def read_flags(argv):
 
 
 def refuse(names, why):
-    """Stop with a Mistake that names the first of these flags, unless there are none."""
+    """Stop with a Mistake if any of these flags was given."""
     first = min(names, default="").replace("_", "-")
     require(not names, f"--{first} can't be given beside {why}")
 
@@ -1197,9 +1204,8 @@ def settings_for(given, unfinished):
     return Config(**{**SIZES[size], **chosen}), None
 
 
-# *Before a run*, everything that can be wrong is checked, and no model is written until it has been: a
-# mistake that comes to light only after a night of training, or after the old model has been written over, is
-# the worst kind.
+# *Before a run*, everything that can be wrong is checked, before any file is written: a mistake that comes to
+# light only after a night of training, or after the old model has been written over, is the worst kind.
 
 
 def prepare(given, out, unfinished):
