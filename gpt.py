@@ -144,7 +144,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
 # Named sizes, for `--size`; each line says how it differs from the table. The end of section 7 tells how the
 # learning rates, decay and dropout follow from tiny's. (gpt2 is GPT-2's own shape, meant for a text a hundred
-# times as long.)
+# times as long, which it can't learn by heart: so it has tiny's decay and no dropout.)
 SIZES = {
     "tiny": dict(),
     "small": dict(n_layer=4, n_embd=256, steps=8000, lr=1e-3, weight_decay=0.6),
@@ -240,7 +240,7 @@ def count_pairs(tokens, vocab_size):
     """
     counts = torch.zeros(vocab_size * vocab_size, dtype=torch.int32)  # (V * V,)
     for start in range(0, len(tokens) - 1, 2**20):  # a million at a time, to save memory
-        piece = tokens[start : start + 2**20 + 1].long()
+        piece = tokens[start : start + 2**20 + 1].long()  # 64-bit integers, the usual kind for an index
         pairs = piece[:-1] * vocab_size + piece[1:]  # two tokens as one number
         counts.scatter_add_(0, pairs, torch.ones_like(pairs, dtype=torch.int32))  # counts[pair] += 1
     return counts.view(vocab_size, vocab_size)
@@ -393,7 +393,7 @@ class Attention(nn.Module):
 # >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
 # tensor([-0.0000, -0.1600,  0.0000,  0.8400,  3.0000])
 #
-# With four times the width, two thirds of a model's weights are in its MLPs, and much of what it knows by
+# With four times the width, two thirds of a block's weights are in its MLP, and much of what a model knows by
 # heart seems to be kept there (Geva et al., 2021).
 
 
@@ -504,7 +504,8 @@ class GPT(nn.Module):
         self.config, C = config, config.n_embd
         self.wte = nn.Embedding(config.vocab_size, C)  # "weights of the token embedding"
         self.wpe = nn.Embedding(config.block_size, C)  # "weights of the position embedding"
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # "hidden layers"
+        # "hidden layers"; a ModuleList, since in a plain list PyTorch would not find their parameters
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(C, eps=1e-5)  # "final"
         self.set_initial_weights()
 
@@ -600,8 +601,9 @@ def get_batch(tokens, batch_size, block_size, seed, step):
 # The model starts knowing nothing of the text. Each step of training takes one batch and asks of each
 # parameter: if it were a little larger, how much would the loss rise or fall? These numbers are the
 # *gradient*, and PyTorch works them out backwards from the loss through everything that led to it
-# (`loss.backward()`). The *optimizer* then moves each parameter a little the other way. That is all; what
-# remains is how far to move, in which direction exactly, and how to judge the result.
+# (`loss.backward()`, which adds each to its parameter's `.grad`). The *optimizer* finds them there and moves
+# each parameter a little the other way. That is all; what remains is how far to move, in which direction
+# exactly, and how to judge the result.
 #
 # *The learning rate* is how far. Too small wastes time, too large throws away what was learned; what is
 # right is, after a short run-up, large early and small at the end. *Warm-up*: over the first steps it rises
@@ -633,8 +635,8 @@ def learning_rate(step, config):
 # corrected for having started at 0). The parameter moves by the learning rate times the first divided by the
 # root of the second. That quotient is near 1 or -1 while the gradients agree and near 0 while they cancel,
 # whether they are large or tiny; plain gradient descent would need a rate of its own for each kind of layer
-# (with one for all, the best of four, it comes to 1.95). In its first step, a gradient of 100 and one of
-# 0.001 move their parameters equally far:
+# (with one rate for all, the best of four tried, 500 steps end at 1.95 instead of 1.87). In its first step,
+# a gradient of 100 and one of 0.001 move their parameters equally far:
 #
 # >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
 # >>> weight.grad = torch.tensor([100.0, 0.001])
@@ -803,7 +805,7 @@ def train(model, training, held_out, state=None):
             scaler.load_state_dict(state["scaler"])
     rank, processes = place_among_processes()
     network = nn.parallel.DistributedDataParallel(model) if processes > 1 else model  # averages the gradients
-    network = torch.compile(network) if config.compile else network
+    network = torch.compile(network) if config.compile else network  # takes half a minute: for long runs
 
     def state_after(steps):
         parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -816,7 +818,7 @@ def train(model, training, held_out, state=None):
             group["lr"] = learning_rate(step, config)
         torch.manual_seed(seed_of(config.seed, step * processes + rank))  # dropout's dice
         batch = get_batch(training, config.batch_size, config.block_size, config.seed, step)
-        inputs, targets = (part.chunk(processes)[rank] for part in batch)  # our share: (B / processes, T)
+        inputs, targets = (part.chunk(processes)[rank] for part in batch)  # our share of it, (B, T) each
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = network(inputs).float().flatten(0, 1)  # (B, T) -> (B * T, V)
             loss = F.cross_entropy(logits, targets.flatten())  # softmax, then the mean of -ln p: one number
@@ -883,7 +885,7 @@ def probabilities(logits, temperature=1.0, top_k=0):
 
 @contextlib.contextmanager
 def without_onednn():
-    """Without oneDNN (mkldnn), which wakes every CPU core even for one position's GELU, and so slows it."""
+    """Without oneDNN (mkldnn), PyTorch's helper on CPUs: it wakes every core even for a single GELU."""
     before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
     try:
         yield
@@ -894,7 +896,7 @@ def without_onednn():
 def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, seed=1337):
     """Write on from `prompt`: an iterator over `length` characters, one at a time as they are made.
 
-    An empty prompt counts as two line ends (where the text has none, as the first of its characters); of
+    An empty prompt counts as two line ends (where the text has none, as the first of the vocabulary); of
     one longer than the context only the last part counts. Leaves the model's training mode and PyTorch's
     own random numbers as they were. Raises ValueError for unknown characters in the prompt and for a length,
     temperature or top_k that makes no sense.
@@ -947,14 +949,14 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # (For GPUs that is too good to be true: with a model this small, starting an operation takes them longer than
 # doing it.)
 #
-# GPT-2 itself (Radford et al., 2019) is this file with pieces of words instead of characters, 124 million
-# parameters (our gpt2 and a larger vocabulary) to 1.5 billion, and 40 gigabytes of text. Today's models
-# keep its plan and change the parts: queries and keys rotated by their positions (rotary, Su et al., 2021)
-# where we add a table; normalization by size alone (RMSNorm, Zhang and Sennrich, 2019); an MLP with a gate
-# that lets through or holds back (SwiGLU, Shazeer, 2020); several query heads that share one key and value,
-# for a smaller cache (grouped heads, Ainslie et al., 2023). Then comes *post-training*: the finished model
-# goes on learning from conversations and from people's preferences (Ouyang et al., 2022), which turns a
-# continuer of texts into an assistant.
+# GPT-2 itself (Radford et al., 2019) has this file's architecture, with pieces of words instead of
+# characters, 124 million parameters (our gpt2 and a larger vocabulary) to 1.5 billion, and 40 gigabytes of
+# text. Today's models keep its plan and change the parts: queries and keys rotated by their positions
+# (rotary, Su et al., 2021) where we add a table; normalization by size alone (RMSNorm, Zhang and Sennrich,
+# 2019); an MLP with a gate that lets through or holds back (SwiGLU, Shazeer, 2020); several query heads that
+# share one key and value, for a smaller cache (grouped heads, Ainslie et al., 2023). Then comes
+# *post-training*: the finished model goes on learning from conversations and from people's preferences
+# (Ouyang et al., 2022), which turns a continuer of texts into an assistant.
 #
 # To read on: most papers named here are shorter than their fame suggests, and GPT-2's is a good first one;
 # "The Annotated Transformer" (Rush, 2018) sets the first transformer's paper beside its code; and nanoGPT
@@ -1032,7 +1034,6 @@ def read_text(path):
 # *Devices.* The same code runs on a CPU, on an NVIDIA GPU (`cuda`) and on an Apple one (`mps`): tensors live
 # on a device, and what is computed from them is computed there. A GPU has thousands of small cores, and only
 # the larger sizes have work for all of them. `auto` takes the first that is there of cuda, mps and cpu.
-#
 
 
 def pick_device(name="auto"):
@@ -1204,7 +1205,7 @@ def settings_for(given, unfinished):
     return Config(**{**SIZES[size], **chosen}), None
 
 
-# *Before a run*, everything that can be wrong is checked, before any file is written: a mistake that comes to
+# *Before a run*, everything that can be wrong is checked, before a model is written: a mistake that comes to
 # light only after a night of training, or after the old model has been written over, is the worst kind.
 
 
@@ -1353,7 +1354,7 @@ def run(given, how):
     # From here on, several processes work together. All of them train; only the first prints and saves.
     rank, processes = place_among_processes()
     if processes > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # how GPUs talk, and how CPUs
         atexit.register(dist.destroy_process_group)
     resumed = start if "resume" in given else None
     history = resumed["history"] if resumed else {"training": [], "held_out": []}
