@@ -1266,22 +1266,21 @@ def set_aside(out, unfinished):
             say("Ctrl-C, give what was kept its old name back, and use --resume.")
 
 
-# *During a run*, whoever waits wants to know three things: does it learn, how fast, and how long still? A
-# single batch is easy or hard by chance, so what is shown is the mean training loss of the last twenty;
-# and each yardstick of section 1 is named when that mean passes it.
+# *During a run*, whoever waits wants to know three things: does it learn, how fast, and how long still
+# (looks at the held-out text left out)? A single batch is easy or hard by chance, so what is shown is the
+# mean training loss of the last twenty; and each yardstick of section 1 is named when that mean passes it.
 
 
 def tell(report, config, losses, begun, ahead):
     """Say how a run is going: a line for each piece of news and, on a terminal, one that is rewritten.
 
-    losses: of every step so far. begun: the step and the time at which the run began, or went on. ahead: the
-    yardsticks still to be passed; those passed now are taken out of it.
+    losses: of every step so far. begun: the step at which this call began. ahead: the yardsticks still to be
+    passed; those passed now are taken out of it.
     """
     recent, look, live = losses[-20:], report.held_out is not None, sys.stdout.isatty()
-    mean, done = sum(recent) / len(recent), report.step - begun[0]
-    left = (time.perf_counter() - begun[1]) / done * (config.steps - report.step)
-    minutes, seconds = divmod(round(left), 60)
-    speed = config.batch_size * config.block_size * done / report.seconds
+    mean, pace = sum(recent) / len(recent), report.seconds / (report.step - begun)
+    minutes, seconds = divmod(round(pace * (config.steps - report.step)), 60)
+    speed = config.batch_size * config.block_size / pace
     passed = [name for name, loss in ahead.items() if len(recent) == 20 and mean < loss]
     line = f"step {report.step:,} of {config.steps:,}  training loss {mean:.3f}"
     line += f"  held-out loss {report.held_out:.4f}" if look else ""
@@ -1370,7 +1369,7 @@ def run(given, how):
         set_aside(out, unfinished)
         save_state({"step": 0, "optimizer": make_optimizer(model, config).state_dict(), "scaler": {}})
 
-    begun, ahead = (len(history["training"]), time.perf_counter()), dict(marks)
+    begun, ahead = len(history["training"]), dict(marks)
     best = min((loss for _, loss in history["held_out"]), default=math.inf)
     with noting_signals() as noted:
         for report in train(model, tokens[:cut], tokens[cut:], resumed):

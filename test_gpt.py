@@ -852,7 +852,7 @@ def test_a_yardstick_is_named_once_when_the_mean_of_twenty_losses_passes_it(caps
     for step in range(1, 23):
         losses.append(4.0)
         report = gpt.Report(step, losses[-1], held_out=None, seconds=float(step), state=None)
-        gpt.tell(report, replace(SMALL, steps=50), losses, (0, time.perf_counter()), ahead)
+        gpt.tell(report, replace(SMALL, steps=50), losses, 0, ahead)
     told = capsys.readouterr().out
     assert told.startswith("step 20 of 50") and told.count("better than guessing evenly") == 1
     assert "letter pairs" not in told and list(ahead) == ["letter pairs"]
