@@ -140,8 +140,6 @@ class Config:
         require(self.dtype in formats, f"--dtype must be one of {', '.join(formats)}, not {self.dtype!r}")
 
 
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
-
 # Named sizes, for `--size`; each line says how it differs from the table. The end of section 7 tells how the
 # learning rates, decay and dropout follow from tiny's. (gpt2 is GPT-2's own shape, meant for a text a hundred
 # times as long, which it can't learn by heart: so it has tiny's decay and no dropout.)
@@ -1192,7 +1190,7 @@ def settings_for(given, unfinished):
         require(config.steps >= start["step"], f"the run has done {start['step']} --steps already")
         return config, start
     if "init_from" in given:
-        fixed = {"size", *SHAPE, "init_std", "head_start"}
+        fixed = {"size", "n_layer", "n_head", "n_embd", "block_size", "init_std", "head_start"}
         refuse(given.keys() & fixed, "--init-from: the trained model has its shape and its weights")
         start = read_checkpoint(given["init_from"])
         config = Config(**start["config"])
