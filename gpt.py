@@ -41,9 +41,9 @@ fit the other tensor's: (B, T, C) + (T, C) adds the same (T, C) to each of the B
 
 # %% 0. Settings
 # This table has everything that can be set about a model and its training: the value, the meaning, and the
-# limits within which it makes sense. On a first reading, look at the names and go on; the section named
-# with each group explains it. On the command line the same names are flags (`--n-layer 4`), and in Python
-# they are arguments (`Config(n_layer=4)`).
+# limits within which it makes sense. On a first reading, look at the names and go on; the section named with
+# each group explains it. On the command line the same names, all but the last, are flags (`--n-layer 4`),
+# and in Python they are arguments (`Config(n_layer=4)`).
 
 import argparse
 import atexit
@@ -489,9 +489,10 @@ class Block(nn.Module):
 # So where a head makes its keys from the hands, its query can be what the key would be with all hands turned
 # back by d positions. Normalization aside, the query at p then equals the key at p - d, and a vector's dot
 # product with itself is larger than with others of about its length. So head 1 of the first block starts by
-# looking one character back, head 2 two, and so on: nearly all of their shares go there. (Half, once the same
-# hands also stand C / 2 further back. Paces that never meet again bring no lower loss.) In higher blocks the
-# channels have been mixed, and heads start at random. The loss without all this: 2.27.
+# looking one character back, head 2 two, and so on: nearly all of their shares go there. (Half, once there
+# is a place C / 2 further back, where all hands stand the same again. Paces without such a return bring no
+# lower loss.) In higher blocks the channels have been mixed, and heads start at random. The loss without all
+# this: 2.27.
 
 
 class GPT(nn.Module):
@@ -672,10 +673,10 @@ def make_optimizer(model, config):
 # float32 can, but only to 8 bits of precision. float16 has 11 bits, but below 0.00000006 everything is 0,
 # small gradients too; so the loss is multiplied by a large number, which makes every gradient as many times
 # larger, and the gradients are divided by it before they are used (`GradScaler`, which also finds the
-# number). In *mixed precision* (`autocast`; Micikevicius et al., 2018) linear layers and attention run in 16
-# bits, while weights, residual stream, normalization and optimizer stay in float32. `auto` takes bfloat16 on
-# GPUs that have it in hardware (2020 and later), float16 on older ones such as Colab's T4 (which accepts
-# bfloat16 but only imitates it, slowly), and float32 elsewhere.
+# number). In *mixed precision* (`autocast`; Micikevicius et al., 2018) linear layers and attention compute
+# with 16-bit copies, while weights, residual stream, normalization and optimizer stay in float32. `auto`
+# takes bfloat16 on GPUs that have it in hardware (2020 and later), float16 on older ones such as Colab's T4
+# (which accepts bfloat16 but only imitates it, slowly), and float32 elsewhere.
 
 
 def number_format(dtype, device):
@@ -1128,10 +1129,11 @@ def draw(path, history, marks):
 
 
 # %% 10. The command line
-# What a user types becomes settings, and what goes wrong becomes one line that says what to do. A mistake
-# in what was typed, or a file that can't be read or written, ends the program with status 2; a failure on
-# the way, such as a loss that is no longer a number, with status 1; Ctrl-C with 130 and SIGTERM, by which
-# a system asks a program to stop, with 143, as is the custom. The flags are those of `Config` and these:
+# What a user types becomes settings, and what goes wrong becomes one line that says what to do. A mistake in
+# what was typed, or a file that can't be read or written, ends the program with status 2; a failure on the
+# way, such as a loss that is no longer a number, with status 1; Ctrl-C with 130 and SIGTERM, by which a
+# system asks a program to stop, with 143, as is the custom. The flags are those of `Config` without
+# `vocab_size`, and these:
 
 WRITING = {"prompt", "length", "temperature", "top_k"}
 FLAGS = {
@@ -1266,7 +1268,8 @@ def set_aside(out, unfinished):
 
 # *During a run*, whoever waits wants to know three things: does it learn, how fast, and how long still
 # (looks at the held-out text left out)? A single batch is easy or hard by chance, so what is shown is the
-# mean training loss of the last twenty; and each yardstick of section 1 is named when that mean passes it.
+# mean training loss of the last twenty; and each yardstick of section 1 is named when that mean passes it
+# (only a hint: what counts is the held-out loss).
 
 
 def tell(report, config, losses, begun, ahead):
