@@ -860,11 +860,14 @@ def test_a_yardstick_is_named_once_when_the_mean_of_twenty_losses_passes_it(caps
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_noted_and_the_second_acts_as_ever(number):
-    before = signal.getsignal(number)
+    usual = []
+    before = signal.signal(number, lambda *arguments: usual.append(number))
     with gpt.noting_signals() as noted:
         signal.raise_signal(number)
-        assert noted == [number] and signal.getsignal(number) == before
-    assert signal.getsignal(number) == before
+        signal.raise_signal(number)
+    signal.raise_signal(number)
+    signal.signal(number, before)
+    assert noted == [number] and usual == [number, number]
 
 
 RUN = [*SMALL_FLAGS, "--steps", "300", "--eval-every", "60", "--dropout", "0.1", "--seed", "5"]
