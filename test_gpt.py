@@ -822,6 +822,31 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(in_folder, monkeypat
     assert "among 3 processes" in capsys.readouterr().err and os.listdir() == ["input.txt"]
 
 
+class Pairs(gpt.CharTokenizer):
+    """A tokenizer of another kind: two characters make a token."""
+
+    @classmethod
+    def from_text(cls, text):
+        return cls(sorted({text[i : i + 2] for i in range(0, len(text), 2)} | set(text)))
+
+    def encode(self, text):
+        return torch.tensor(
+            [self.token_of[text[i : i + 2]] for i in range(0, len(text), 2)], dtype=torch.int32
+        )
+
+
+def test_another_tokenizer_and_another_optimizer_can_take_their_place(in_folder, monkeypatch, capsys):
+    monkeypatch.setattr(gpt, "CharTokenizer", Pairs)
+    monkeypatch.setattr(
+        gpt, "make_optimizer", lambda model, config: torch.optim.SGD(model.parameters(), config.lr)
+    )
+    assert gpt.main([*SMALL_FLAGS, "--steps", "3"]) is None
+    assert gpt.main(["--resume", "--steps", "6"]) is None
+    assert "The last 1,000 are held out" in capsys.readouterr().out  # of 10,000 tokens
+    assert gpt.main("--generate --prompt HAMLET: --length 20") is None
+    assert len(capsys.readouterr().out) > 7 + 20
+
+
 def test_a_mistake_in_the_program_itself_is_not_taken_for_bad_input(in_folder, monkeypatch):
     monkeypatch.setattr(gpt.Block, "forward", lambda *arguments: int("a reader's own experiment"))
     with pytest.raises(ValueError, match="experiment"):  # with all that Python says about it
