@@ -650,6 +650,19 @@ def test_the_command_line_trains_and_writes(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["gpt.pt", "gpt.resume.pt"]
 
 
+def test_a_run_learns_from_nine_tenths_of_the_text_and_is_judged_by_the_last(in_folder, monkeypatch):
+    train, parts = gpt.train, []
+
+    def note(model, training, held_out, state):
+        parts.extend([training, held_out])
+        return train(model, training, held_out, state)
+
+    monkeypatch.setattr(gpt, "train", note)
+    gpt.main([*SMALL_FLAGS, "--steps", "2"])
+    tokens = gpt.CharTokenizer.from_text(TEXT[:20_000]).encode(TEXT[:20_000])
+    assert torch.equal(parts[0], tokens[:18_000]) and torch.equal(parts[1], tokens[18_000:])
+
+
 def test_a_flag_beats_the_size():
     config, start = gpt.settings_for({"size": "medium", "steps": 7}, "unfinished")
     assert (config.n_layer, config.dropout, config.steps, start) == (6, 0.2, 7, None)
