@@ -32,6 +32,7 @@ from pathlib import Path
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # promises to the bit are for one device: here, the CPU
+os.environ["OMP_NUM_THREADS"] = "1"  # more threads gain nothing here, and on a busy machine they wait
 import torch
 from torch import nn
 from torch.nn import functional as F
