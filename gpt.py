@@ -278,20 +278,21 @@ def yardsticks(training, held_out, vocab_size):
 # *dot product*): that is the *score* which the first gives the second, large where the two fit. *Softmax*
 # turns the scores that a position gives into shares: e to the power of each, divided by their sum, so that
 # all are positive and add up to 1. The result is the mean of the values, weighted by these shares. One thing
-# more: a dot product is a sum, here of `head_size` products (32 in tiny), some positive and some negative,
-# and such a sum is by chance alone about as large as the root of their number: of a hundred tosses of a
-# coin, one side leads by about ten. Softmax would give nearly all to whichever chance has made the largest,
-# before anything has been learned; so scores are first divided by that root. (In the code `@` multiplies
-# tables, *matrices*: it makes the dot product of each row of the first with each column of the second. Hence
-# the `transpose`; and `shares @ value` makes the weighted means.)
+# more: a dot product is a sum, of as many products as the vectors have numbers (`head_size`, 32 in tiny),
+# some positive and some negative, and such a sum is by chance alone about as large as the root of their
+# number: of a hundred tosses of a coin, one side leads by about ten. Softmax would give nearly all to
+# whichever chance has made the largest, before anything has been learned; so scores are first divided by
+# that root. (In the code `@` multiplies tables, *matrices*: it makes the dot product of each row of the
+# first with each column of the second. Hence the `transpose`; and `shares @ value` makes the weighted
+# means.)
 #
 # Now the one rule a text imposes. In training, every position of a text guesses the character after it, all
 # of them at once; so a position may look back, never ahead, or it would read its answer instead of guessing.
 # The *causal mask* sets the scores of later positions to minus infinity, so that softmax makes their shares
 # 0. Without it the loss falls to 0.03, and what the model writes is nonsense, because when it writes there
 # is nothing ahead to read. (In sections 2 to 5, such a number is the held-out loss of tiny, trained for 500
-# steps, without the part in question. With all parts it is 1.87; without attention 2.54, no better than
-# counting pairs.)
+# steps (section 7), without the part in question. With all parts it is 1.87; without attention 2.54, no
+# better than counting pairs.)
 
 
 def attention_by_hand(query, key, value):
@@ -391,8 +392,8 @@ class Attention(nn.Module):
 # >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
 # tensor([-0.0000, -0.1600,  0.0000,  0.8400,  3.0000])
 #
-# With four times the width, two thirds of a block's weights are in its MLP, and much of what a model knows by
-# heart seems to be kept there (Geva et al., 2021).
+# With four times the width, MLPs hold two thirds of all weights, the tables of section 5 aside, and much of
+# what a model knows by heart seems to be kept there (Geva et al., 2021).
 
 
 class MLP(nn.Module):
@@ -451,8 +452,8 @@ class Block(nn.Module):
 # layer normalization, the dot product of each vector with each row of the first table gives a number for
 # each character, its *logit*: the higher, the likelier; softmax turns them into probabilities. Using one
 # table at both ends is *weight tying* (Press and Wolf, 2017): a character is read and written with the same
-# vector, and learned once. (With two tables: 1.86. So here it gains nothing; but in GPT-2 the table is a
-# third of all parameters.)
+# vector, and learned once. (With two tables: 1.86. So here it gains nothing; but in the smallest GPT-2 the
+# table is a third of all parameters.)
 #
 # Count the parameters: the two tables; in each block 12 C² weights, 9 C biases, and 4 C numbers in its two
 # layer normalizations; and 2 C in the last one.
@@ -469,9 +470,10 @@ class Block(nn.Module):
 # layer of an MLP sums 4 C, but GELU has made most of its inputs small.) That is 0.088 at width 128. GPT-2
 # drew its weights at 0.02, not far off at its widths of 768 to 1,600; in tiny, all layers would answer four
 # times too faintly, and the first hundreds of steps would go into making them louder. The tables get the
-# same spread, which makes each of their rows a vector of length 1. Layers that write to the residual stream
-# start smaller by a factor of sqrt(2 * n_layer), as in GPT-2: each block writes twice, and so the stream
-# does not grow with the number of blocks.
+# same spread, which makes each of their rows a vector of length 1: token and position weigh the same in
+# their sum, and the first logits, dot products with such rows, are about as large as 1, so that no character
+# is preferred by much. Layers that write to the residual stream start smaller, by the root of 2 `n_layer`,
+# as in GPT-2: each block writes twice, and so the stream does not grow with the number of blocks.
 #
 # One more thing need not start at random. What predicts a character best are the few just before it, so a
 # model of text must first learn to look there. That is hard to find: token and position are added, so
@@ -511,7 +513,7 @@ class GPT(nn.Module):
     @torch.no_grad()  # nothing is being learned yet, so PyTorch need not keep account of it
     def set_initial_weights(self):
         """Random matrices of the right size, biases at 0; the scales of layer normalization stay at 1."""
-        config, chance = self.config, torch.Generator().manual_seed(self.config.seed)
+        config, chance = self.config, torch.Generator().manual_seed(self.config.seed)  # see section 6
         std = 1 / math.sqrt(config.n_embd) if config.init_std is None else config.init_std
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # a matrix
@@ -528,8 +530,9 @@ class GPT(nn.Module):
         C, n_head = self.config.n_embd, self.config.n_head
         hands = C // 8
         where = C - 2 * hands  # the position's channels begin here: sines first, then cosines
-        # Each hand's turn in one position, from nearly nothing to nearly half a circle. Spread like this, two
-        # positions less than C / 4 apart have a dot product of 0; C / 2 apart, all hands have come round.
+        # Each hand's turn in one position, from nearly nothing to nearly half a circle. Spread like this, any
+        # two positions have a dot product of 0, except that all hands are opposite C / 4 apart, and the same
+        # C / 2 apart.
         pace = math.pi * (torch.arange(hands) + 0.5) / hands  # (hands,)
         angle = torch.arange(self.config.block_size)[:, None] * pace  # (T, 1) * (hands,) -> (T, hands)
         self.wte.weight[:, where:] = 0
@@ -563,12 +566,11 @@ class GPT(nn.Module):
 
 
 # %% 6. Batches
-# Training shows the model stretches of text with the question "what comes next?" at every position at once:
-# a stretch of T characters asks T questions, and the mask keeps each from seeing its answer. The targets
-# are the inputs moved on by one. A *batch* of B stretches is worked through together, since a processor
-# multiplies one large matrix faster than many small ones, up to the size that keeps it busy. A still
-# larger batch makes each gradient (section 7) a little surer, but for the same amount of text it leaves
-# fewer steps to learn in.
+# Training shows the model stretches of text, and each of their characters asks what comes next: a stretch of
+# T asks T questions. The answers, the *targets*, are the stretch moved on by one. A *batch* of B stretches
+# is worked through together, since a processor multiplies one large matrix faster than many small ones, up
+# to the size that keeps it busy. A still larger batch makes each gradient (section 7) a little surer, but
+# for the same amount of text it leaves fewer steps to learn in.
 #
 # Where do the stretches begin? Anywhere, by chance. But chance that can be repeated: a *seed* is a number
 # from which a generator of random numbers starts, and the same seed gives the same numbers every time. Step s
@@ -681,12 +683,17 @@ def make_optimizer(model, config):
 
 def number_format(dtype, device):
     """The torch.dtype for this setting on this device. Raises ValueError for one that the device can't do."""
-    if dtype == "auto" and device.type == "cuda":
+    if dtype == "auto" and device.type == "cuda":  # an NVIDIA GPU
         dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     able = {"cpu": ("auto", "float32", "bfloat16"), "mps": ("auto", "float32")}.get(device.type)
     advice = f"--dtype {dtype} is not for --device {device.type}: choose {' or '.join(able or ())}"
     require(able is None or dtype in able, advice)
     return torch.float32 if dtype == "auto" else getattr(torch, dtype)
+
+
+def mixed_precision(dtype, device):
+    """A context for `with`, in which the model computes in this torch.dtype where it can."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 # *Several processes* (started by `torchrun`) can share one run: each has the whole model and its share of
@@ -716,7 +723,7 @@ def sum_over_processes(number, device):
 # falling and this one turns and rises, it is learning the text by heart: *overfitting*.
 
 
-@torch.inference_mode()  # no gradients are wanted here, so nothing is kept for them
+@torch.inference_mode()  # no_grad in its quickest form, for results that are never learned from
 def evaluate(model, tokens):
     """Mean loss in nats per character over all of `tokens` (N,), read once, in windows of the context."""
     config, device = model.config, tokens.device
@@ -731,7 +738,7 @@ def evaluate(model, tokens):
     was_training, total = model.training, 0.0
     model.eval()  # without dropout
     for inputs, targets in batches[rank::processes]:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with mixed_precision(dtype, device):
             logits = model(inputs).float().flatten(0, 1)  # (n, T) -> (n * T, V)
         total += F.cross_entropy(logits, targets.flatten().long(), reduction="sum").item()
     model.train(was_training)
@@ -756,11 +763,11 @@ def evaluate(model, tokens):
 #     more text: 2,500 steps                                        1.69
 #
 # Three of these cost nothing but a thought and gain most: how large the weights start, how far the steps go,
-# where the heads look first. (The head start gains eight times as much in a run of 500 steps: 1.87 instead of
-# 2.27.) The schedule gains nothing here, but it suits any number of steps; decay and smaller batches gain
-# next to nothing, longer contexts a little, and the rest is patience. To spend the same computation on a
-# larger model instead, and so on fewer steps, loses: with the usual recipe, four layers come to 2.10 in half
-# the steps and a width of 256 to 2.05 in a quarter of them, against 1.90. Eight heads instead of four change
+# where the heads look first. (In a run of 500 steps the head start gains 0.40: 1.87 instead of 2.27.) The
+# schedule gains nothing here, but it suits any number of steps; decay and smaller batches gain next to
+# nothing, longer contexts a little, and the rest is patience. To spend the same computation on a larger
+# model instead, and so on fewer steps, loses: with the usual recipe, four layers come to 2.10 in half the
+# steps and a width of 256 to 2.05 in a quarter of them, against 1.90. Eight heads instead of four change
 # nothing.
 #
 # In time: the model that nanoGPT's README has for a CPU has four layers and takes all 2,000 steps, twice the
@@ -769,10 +776,11 @@ def evaluate(model, tokens):
 # contexts make cheap steps, and in a short run the rate can be higher).
 #
 # The other sizes follow from tiny. The wider the model, the smaller its learning rate, about in inverse
-# proportion: what a layer gives out is a sum over its width, and many small changes add up. A step shrinks
-# each weight by the rate times the decay; so that this stays the same, the decay of small and medium rises
-# as their rate falls. Medium, which reads our text some twenty times, gets dropout; tiny and small, which
-# read it two and seven times, are better off without.
+# proportion: what a layer gives out is a sum over its width, and while random weights partly cancel in it,
+# the changes that a step makes to them all pull the same way (Yang et al., 2022). A step shrinks each weight
+# by the rate times the decay; so that learning by heart is held back as much as in tiny, the decay of small
+# and medium rises as their rate falls. Medium, which reads our text some twenty times, gets dropout; tiny
+# and small, which read it two and seven times, are better off without.
 
 
 @dataclass
@@ -783,7 +791,7 @@ class Report:
     loss: float  # of this step's batch, in nats per character
     held_out: float | None  # loss on the held-out text, when this step was followed by a look at it
     seconds: float  # spent in steps of this call, looks at the held-out text left out
-    state: Callable  # state(), called before the next step, is all that it takes to go on from here
+    state: Callable  # state() is all that it takes to go on from here, valid until the next step
 
 
 def train(model, training, held_out, state=None):
@@ -799,7 +807,8 @@ def train(model, training, held_out, state=None):
     if state is not None:
         start = state["step"]
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        means = {"state": state["optimizer"]["state"]}  # its settings are the config's, not the state's
+        optimizer.load_state_dict(optimizer.state_dict() | means)
         if state["scaler"]:  # empty unless in float16
             scaler.load_state_dict(state["scaler"])
     rank, processes = place_among_processes()
@@ -818,7 +827,7 @@ def train(model, training, held_out, state=None):
         torch.manual_seed(seed_of(config.seed, step * processes + rank))  # dropout's dice
         batch = get_batch(training, config.batch_size, config.block_size, config.seed, step)
         inputs, targets = (part.chunk(processes)[rank] for part in batch)  # our share of it, (B, T) each
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with mixed_precision(dtype, device):
             logits = network(inputs).float().flatten(0, 1)  # (B, T) -> (B * T, V)
             loss = F.cross_entropy(logits, targets.flatten())  # softmax, then the mean of -ln p: one number
         optimizer.zero_grad()  # gradients add up unless they are cleared
@@ -964,8 +973,8 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 
 # %% 9. Around the lesson
 # The mathematics is done; what follows makes it a program that people can trust with a night of computing.
-# First, the text: any UTF-8 file. Where there is none, Tiny Shakespeare is fetched (1.1 million characters
-# that Andrej Karpathy's char-rnn made famous), and taken only if its fingerprint is the right one.
+# First, the text: any UTF-8 file. What is fetched where there is none, Tiny Shakespeare (1.1 million
+# characters that Andrej Karpathy's char-rnn made famous), is taken only if its fingerprint is the right one.
 
 NOTEBOOK = hasattr(builtins, "__IPYTHON__")  # running in Jupyter or Colab
 TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -1037,10 +1046,13 @@ def read_text(path):
 
 def pick_device(name="auto"):
     """The torch.device of this name. Raises ValueError if it is not there."""
+    place, neighbours = (int(os.environ.get("LOCAL_" + key, 0)) for key in ("RANK", "WORLD_SIZE"))
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":  # torchrun gives each process of a machine a number, and it takes that GPU
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        mps = torch.backends.mps.is_available() and neighbours < 2  # it can't talk with other processes
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda":  # each process of a machine takes the GPU of its number
+        name, there = f"cuda:{place}", torch.cuda.device_count()
+        require(neighbours <= max(1, there), f"{neighbours} processes need as many GPUs: here are {there}")
     try:
         torch.zeros(1, device=name).item()  # the proof of a device is that it works
     except Exception:
@@ -1159,7 +1171,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_flags(argv):
-    """The command line, a list of words -> the flags that were given, by name. Raises ValueError."""
+    """The command line, a string or a list of words -> the given flags, by name. Raises ValueError."""
+    try:
+        words = shlex.split(argv) if isinstance(argv, str) else argv
+    except ValueError as error:
+        raise Mistake(f"{error}: {argv}") from None
     about = "Train a small GPT-2 on a text and let it write."
     parser = Parser("gpt.py", argument_default=argparse.SUPPRESS, allow_abbrev=False, description=about)
     rows = [(name, *row, "store_true") for name, row in FLAGS.items()]
@@ -1169,7 +1185,7 @@ def read_flags(argv):
     for name, kind, meaning, switch in rows:
         how = {"action": switch} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
         parser.add_argument("--" + name.replace("_", "-"), help=meaning, **how)
-    return vars(parser.parse_args(argv))
+    return vars(parser.parse_args(words))
 
 
 def refuse(names, why):
@@ -1182,7 +1198,7 @@ def settings_for(given, unfinished):
     """The flags -> the config of the run, and the checkpoint that it starts from (None: from nothing)."""
     chosen = {row.name: given[row.name] for row in fields(Config) if row.name in given}
     if "resume" in given:  # only what can sensibly change; more --steps stretch the learning rate's curve
-        harmless = {"resume", "out", "steps", "device", "data", "plot"} | WRITING
+        harmless = {"resume", "out", "steps", "device", "data", "plot", "compile"} | WRITING
         refuse(given.keys() - harmless, "--resume: the run keeps the settings that it began with")
         start = read_checkpoint(unfinished, "there is no run to resume")
         whole = start.keys() >= {"step", "optimizer", "scaler", "history", "data", "text"}
@@ -1195,7 +1211,8 @@ def settings_for(given, unfinished):
         refuse(given.keys() & fixed, "--init-from: the trained model has its shape and its weights")
         start = read_checkpoint(given["init_from"])
         config = Config(**start["config"])
-        # Gentler than from nothing, lest it forget: a quarter of the rate for its width, fewer steps.
+        # Gentler than from nothing, lest it forget: a quarter of the rate for its width, and an eighth of the
+        # steps, rounded up.
         gentle = {"lr": Config.lr / 4 * Config.n_embd / config.n_embd, "warmup": None}
         gentle |= {name: getattr(Config, name) // 8 + 1 for name in ("steps", "eval_every")}
         return replace(config, **(gentle | chosen)), start
@@ -1257,7 +1274,7 @@ def set_aside(out, unfinished):
             aside = next(name for name in names if not Path(name).exists())
             write_whole(aside, older.read_bytes())
             say(f"{older} was there and is kept as {aside}.")
-    with contextlib.suppress(OSError, ValueError):  # there may be no earlier run
+    with contextlib.suppress(OSError, ValueError, KeyError):  # there may be no earlier run
         earlier = read_checkpoint(unfinished)
         done, steps = earlier["step"], earlier["config"]["steps"]
         if done < steps:
@@ -1308,8 +1325,10 @@ def noting_signals():
         noted.append(number)
         signal.signal(number, before[number])
 
-    noted, before = [], {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    noted, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in before:
+            signal.signal(number, note)
         yield noted
     finally:
         for number, handler in before.items():
@@ -1370,27 +1389,29 @@ def run(given, how):
         set_aside(out, unfinished)
         save_state({"step": 0, "optimizer": make_optimizer(model, config).state_dict(), "scaler": {}})
 
-    begun, ahead = len(history["training"]), dict(marks)
     best = min((loss for _, loss in history["held_out"]), default=math.inf)
+    begun, ahead = len(history["training"]), {name: loss for name, loss in marks.items() if loss < best}
     with noting_signals() as noted:
         for report in train(model, tokens[:cut], tokens[cut:], resumed):
             history["training"].append(report.loss)
-            tell(report, config, history["training"], begun, ahead)
+            stopped = sum_over_processes(float(len(noted)), device)  # when one process stops, all do
             look = report.held_out is not None
-            if look and rank == 0:
+            if look:
                 history["held_out"].append([report.step, report.held_out])
-                if report.held_out < best:  # saved before the state: a kill in between loses nothing
-                    best = report.held_out
-                    save(out, model, tokenizer, {"history": history})
+            if look and rank == 0 and report.held_out < best:
+                best = report.held_out  # saved before the state: a kill in between loses nothing
+                save(out, model, tokenizer, {"history": history})
+            if look or stopped:
+                save_state(report.state())
+            tell(report, config, history["training"], begun, ahead)
+            if look and rank == 0:
                 sample = "".join(generate(model, tokenizer, length=120, seed=config.seed)).strip()
                 say("\n".join("    | " + line for line in sample.splitlines()[:3]))
                 if "plot" in given:
                     draw(given["plot"], history, marks)
-            stopped = sum_over_processes(float(len(noted)), device)  # when one process stops, all do
-            if look or stopped:
-                save_state(report.state())
             if stopped and report.step < config.steps:
-                command = "python gpt.py --resume" + (f" --out {out}" if "out" in given else "")
+                same = (f" --{key} {shlex.quote(given[key])}" for key in ("out", "device") if key in given)
+                command = "python gpt.py --resume" + "".join(same)
                 say(f"\nStopped after step {report.step:,}, and saved. To go on: {command}")
                 return 128 + (noted or [signal.SIGTERM])[0]
 
@@ -1405,28 +1426,31 @@ def run(given, how):
             display(Image(filename=given["plot"]))
 
 
-def remedy(error, given):
+def remedy(error):
     """What to do about a failure on the way. One without a known cause is a mistake of ours: raised again."""
-    reason = (str(error).splitlines() or [""])[0][:150]
-    if isinstance(error, FloatingPointError):
+    reason, kind = (str(error).splitlines() or [""])[0][:150], type(error)
+    if kind is FloatingPointError:
         return reason
-    if isinstance(error, MemoryError) or "out of memory" in reason or "allocate memory" in reason:
+    if kind is MemoryError or any(
+        f"{what} memory" in reason for what in ("out of", "allocate", "not enough")
+    ):
         return "out of memory: lower --batch-size, --block-size or --n-embd, or take a smaller --size"
-    if place_among_processes()[1] > 1:
+    if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile does not work here ({reason}); give --no-compile instead"
+    if kind.__name__.startswith("Dist") or "gloo" in reason:  # how PyTorch tells of a connection that broke
         return f"another process of this run has ended ({reason}); start all again with --resume"
-    if given.get("compile"):
-        return f"torch.compile found no working compiler ({reason}); leave --compile out"
     raise error
 
 
 def main(argv=""):
     """Do what the command line says (one string, or a list of words). Returns the exit status, or None."""
     global model, tokenizer
+    given = {}
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows may have another encoding than UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        given = read_flags(shlex.split(argv) if isinstance(argv, str) else argv)
+        given = read_flags(argv)
         how = {"prompt": ""} | {name: given[name] for name in {"seed", *WRITING} & given.keys()}
         how["prompt"] = sys.stdin.read() if how["prompt"] == "-" else how["prompt"]
         if "generate" not in given:
@@ -1444,11 +1468,13 @@ def main(argv=""):
         return 130
     except BrokenPipeError:  # whoever read our output has gone, as in `python gpt.py --generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return None
+        if "generate" in given:
+            return None
+        status, trouble = 1, "nobody reads the output any more; to go on: python gpt.py --resume"
     except (Mistake, OSError) as error:
         status, trouble = 2, error
     except (FloatingPointError, RuntimeError, MemoryError) as error:
-        status, trouble = 1, remedy(error, given)
+        status, trouble = 1, remedy(error)
     if status == 1 and sys.stdout.isatty():
         print()  # to leave the line that is rewritten
     if status == 1 or place_among_processes()[0] == 0:  # wrong input is the same in all processes

@@ -407,6 +407,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ends():
     half = gpt.train(gpt.GPT(config), TRAINING, SHORT)
     state = next(report for report in half if report.step == 7).state()
     state = pickle.loads(pickle.dumps(state))  # as if it had been in a file
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"fused": False, "betas": (0.5, 0.5)}  # as on another device: what counts is the config
     resumed, rest = trained(config, state=state)
     assert same(whole.state_dict(), resumed.state_dict())
     assert [r.loss for r in reports[7:]] == [r.loss for r in rest] and rest[0].step == 8
@@ -771,6 +773,7 @@ BAD_INPUT = """
 --generate --out cut.pt                             | cut.pt
 --generate --out input.txt                          | input.txt
 --generate --out small.pt --prompt ß                | 'ß'
+--generate --out small.pt --prompt don't            | No closing quotation
 --generate --out small.pt --length 0                | --length
 --generate --out small.pt --length -5               | --length
 --generate --out small.pt --temperature -1          | --temperature
@@ -830,6 +833,13 @@ def test_without_matplotlib_a_picture_is_refused_before_anything_is_written(in_f
     assert "pip install matplotlib" in capsys.readouterr().err and os.listdir() == ["input.txt"]
 
 
+def test_processes_that_have_no_gpu_of_their_own_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="4 processes need as many GPUs: here are 2"):
+        gpt.pick_device("cuda")
+
+
 def test_a_batch_that_the_processes_cannot_share_is_refused(in_folder, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert gpt.main([*SMALL_FLAGS, "--steps", "2"]) == 2
@@ -861,10 +871,14 @@ def test_another_tokenizer_and_another_optimizer_can_take_their_place(in_folder,
     assert len(capsys.readouterr().out) > 7 + 20
 
 
-def test_a_mistake_in_the_program_itself_is_not_taken_for_bad_input(in_folder, monkeypatch):
-    monkeypatch.setattr(gpt.Block, "forward", lambda *arguments: int("a reader's own experiment"))
-    with pytest.raises(ValueError, match="experiment"):  # with all that Python says about it
-        gpt.main([*SMALL_FLAGS, "--steps", "2"])
+@pytest.mark.parametrize("mistake", [ValueError("a wrong shape"), RuntimeError("a wrong shape")])
+def test_a_mistake_in_the_program_itself_is_not_taken_for_bad_input(mistake, in_folder, monkeypatch):
+    def experiment(*arguments):
+        raise mistake
+
+    monkeypatch.setattr(gpt, "learning_rate", experiment)
+    with pytest.raises(type(mistake), match="a wrong shape"):  # with all that Python says about it
+        gpt.main([*SMALL_FLAGS, "--steps", "2", "--compile"])
 
 
 def test_every_older_model_is_kept(in_folder, capsys):
@@ -884,6 +898,8 @@ def test_starting_anew_says_that_an_unfinished_run_was_there(in_folder, capsys):
     capsys.readouterr()
     gpt.main([*SMALL_FLAGS, "--steps", "3"])
     assert "step 3 of 9" in capsys.readouterr().out and Path("gpt.resume.pt.old").exists()
+    Path("gpt.resume.pt").write_bytes(Path("gpt.pt").read_bytes())  # a model, and no run
+    assert gpt.main([*SMALL_FLAGS, "--steps", "3"]) is None
 
 
 def test_a_yardstick_is_named_once_when_the_mean_of_twenty_losses_passes_it(capsys):
@@ -895,6 +911,12 @@ def test_a_yardstick_is_named_once_when_the_mean_of_twenty_losses_passes_it(caps
     told = capsys.readouterr().out
     assert told.startswith("step 20 of 50") and told.count("better than guessing evenly") == 1
     assert "letter pairs" not in told and list(ahead) == ["letter pairs"]
+
+
+def test_a_resumed_run_does_not_repeat_the_yardsticks(in_folder, capsys):
+    for flags in ([*SMALL_FLAGS, "--lr", "0.01"], ["--resume"]):
+        gpt.main([*flags, "--steps", "100" if "--lr" in flags else "130"])
+    assert capsys.readouterr().out.count("better than guessing evenly") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -967,6 +989,15 @@ def test_the_best_model_is_kept_and_not_the_last(in_folder, monkeypatch):
     assert last["history"]["held_out"][-1] == [30, 2.5] and not same(best["model"], last["model"])
 
 
+def test_a_run_that_is_stopped_tells_the_command_that_goes_on(in_folder, monkeypatch, capsys):
+    at_once = contextlib.nullcontext([signal.SIGTERM])
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt, "noting_signals", lambda: at_once)
+        assert gpt.main([*SMALL_FLAGS, "--out", "my model.pt", "--device", "cpu"]) == 143
+    command = re.search(r"To go on: python gpt.py (.*)", capsys.readouterr().out)[1]
+    assert gpt.main(command + " --steps 2") is None
+
+
 def test_a_run_whose_loss_explodes_says_so_and_keeps_its_last_good_model(in_folder, monkeypatch, capsys):
     rate = gpt.learning_rate
     monkeypatch.setattr(gpt, "learning_rate", lambda step, config: rate(step, config) if step < 12 else 1e38)
@@ -981,7 +1012,8 @@ def test_a_run_whose_loss_explodes_says_so_and_keeps_its_last_good_model(in_fold
     [
         (MemoryError(), [], "lower --batch-size"),
         (RuntimeError("CUDA out of memory. Tried to allocate 8 GiB"), [], "lower --batch-size"),
-        (RuntimeError("Failed to find C++ compiler"), ["--compile"], "leave --compile out"),
+        (torch._dynamo.exc.TorchDynamoException("No C++ compiler"), ["--compile"], "--no-compile"),
+        (RuntimeError("gloo: connection closed by peer"), [], "start all again with --resume"),
     ],
 )
 def test_a_failure_that_a_flag_can_mend_names_the_flag(error, flags, advice, in_folder, monkeypatch, capsys):
@@ -1088,12 +1120,24 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(in_folder, unin
 
 
 @only_linux
-def test_a_closed_pipe_ends_it_quietly(in_folder):
+def test_a_closed_pipe_ends_writing_quietly(in_folder):
     gpt.main([*SMALL_FLAGS, "--steps", "2"])
     run = Program("--generate", "--length", "200000", folder=in_folder)
     run.out.read(10)
     run.out.close()
     assert run.end() == (0, "", "")
+
+
+@only_linux
+def test_a_closed_pipe_ends_training_with_all_of_it_saved(in_folder, uninterrupted):
+    run = Program(*RUN, folder=in_folder)
+    run.wait_for("step")
+    run.out.close()
+    status, _, err = run.end()
+    assert status == 1 and "python gpt.py --resume" in err and err.count("\n") == 1
+    assert torch.load("gpt.resume.pt", weights_only=True)["step"] >= 60  # the look that could not be told
+    gpt.main(["--resume", "--length", "40"])
+    assert outcome(in_folder) == uninterrupted[0]
 
 
 # ---------------------------------------------------------------- notebooks and several processes
