@@ -36,7 +36,8 @@ tensors, before and after, and the letters always mean the same:
 
 Two habits of PyTorch save many loops. A tensor of numbers can be an index: `table[tokens]` looks up a row
 for each of them. And where a tensor has length 1 in some dimension, or lacks it, its numbers are repeated to
-fit the other tensor's: (B, T, C) + (T, C) adds the same (T, C) to each of the B (*broadcasting*).
+fit the other tensor's: (B, T, C) + (T, C) adds the same (T, C) to each of the B (*broadcasting*). `view`,
+`permute`, `split` and their like only arrange numbers anew; how, their shapes tell.
 """
 
 # %% 0. Settings
@@ -50,6 +51,7 @@ import atexit
 import builtins
 import contextlib
 import functools
+import gc
 import hashlib
 import io
 import logging
@@ -158,9 +160,9 @@ SIZES = {
 # put together from simple *layers*, one after another. Formulas compute with numbers, so the text must
 # become numbers. The plainest way: make a list of all characters that occur (the *vocabulary*) and write
 # down, for each character, its place in that list. That place is its *token*. Today's large models take
-# frequent pieces of words instead; GPT-2 has 50,257 of them. Characters make the text longer but the
-# vocabulary tiny, and the vocabulary has its price: the model keeps a row of `n_embd` numbers for each
-# entry. With rows of 384 numbers:
+# frequent pieces of words instead (Sennrich et al., 2016); GPT-2 has 50,257 of them. Characters make the
+# text longer but the vocabulary tiny, and the vocabulary has its price: the model keeps a row of `n_embd`
+# numbers for each entry. With rows of 384 numbers:
 #
 # >>> print(f"{65 * 384:,} numbers for our characters, {50_257 * 384:,} for GPT-2's pieces")
 # 24,960 numbers for our characters, 19,298,688 for GPT-2's pieces
@@ -207,12 +209,13 @@ class CharTokenizer:
         return "".join(self.characters[token] for token in torch.as_tensor(tokens).tolist())
 
 
-# What is there to learn? The model's one task will be to guess the next character, over and over, from
-# those before it. It does not name one character but gives each a probability p, and pays -ln p for the
-# one that really came: its *loss*. (Why a logarithm? A text is as probable as all its characters'
-# probabilities multiplied; logarithms turn the product into a sum.) The mean over a text is the
-# *cross-entropy*, and its unit is the *nat*: certain and right costs 0, and each nat more means a
-# probability 2.7 times smaller. An even guess among 65 characters costs
+# What is there to learn? The model's one task will be to guess the next character, over and over, from those
+# before it. It does not name one character but gives each a probability p, and pays -ln p for the one that
+# really came: its *loss*. (Why a logarithm? A text is as probable as all its characters' probabilities
+# multiplied; logarithms turn the product into a sum. And why not count right guesses? A small improvement
+# would not show.) The mean over a text is the *cross-entropy* (Shannon, 1948), and its unit is the *nat*,
+# 1.44 bits: certain and right costs 0, and each nat more means a probability 2.7 times smaller. An even
+# guess among 65 characters costs
 #
 # >>> round(-math.log(1 / 65), 2)
 # 4.17
@@ -274,25 +277,26 @@ def yardsticks(training, held_out, vocab_size):
 #     key    what this position has to offer those who look
 #     value  what it hands over when it is looked at
 #
-# A position's query is multiplied by the key of another, number by number, and the products are summed (the
-# *dot product*): that is the *score* which the first gives the second, large where the two fit. *Softmax*
+# (With one vector for all three, each position would look mostly at itself and its like.) A position's query
+# is multiplied by the key of another, number by number, and the products are summed (the *dot product*):
+# that is the *score* which the first gives the second, large where the two fit. *Softmax* (Bridle, 1990)
 # turns the scores that a position gives into shares: e to the power of each, divided by their sum, so that
 # all are positive and add up to 1. The result is the mean of the values, weighted by these shares. One thing
 # more: a dot product is a sum, of as many products as the vectors have numbers (`head_size`, 32 in tiny),
-# some positive and some negative, and such a sum is by chance alone about as large as the root of their
-# number: of a hundred tosses of a coin, one side leads by about ten. Softmax would give nearly all to
-# whichever chance has made the largest, before anything has been learned; so scores are first divided by
-# that root. (In the code `@` multiplies tables, *matrices*: it makes the dot product of each row of the
-# first with each column of the second. Hence the `transpose`; and `shares @ value` makes the weighted
-# means.)
+# some positive and some negative, and by chance alone such a sum is about as large as the square root of the
+# number of its terms: of a hundred tosses of a coin, one side leads by about ten. Softmax would give nearly
+# all of the share to whichever score chance has made the largest, before anything has been learned; so
+# scores are first divided by that root. (In the code `@` multiplies tables, *matrices*: it makes the dot
+# product of each row of the first with each column of the second. Hence the `transpose`; and `shares @
+# value` makes the weighted means.)
 #
-# Now the one rule a text imposes. In training, every position of a text guesses the character after it, all
-# of them at once; so a position may look back, never ahead, or it would read its answer instead of guessing.
-# The *causal mask* sets the scores of later positions to minus infinity, so that softmax makes their shares
-# 0. Without it the loss falls to 0.03, and what the model writes is nonsense, because when it writes there
-# is nothing ahead to read. (In sections 2 to 5, such a number is the held-out loss of tiny, trained for 500
-# steps (section 7), without the part in question. With all parts it is 1.87; without attention 2.54, no
-# better than counting pairs.)
+# A text also imposes a restriction. In training, every position of a text guesses the character after it,
+# all of them at once; so a position may look back, never ahead, or it would read its answer instead of
+# guessing. The *causal mask* sets the scores of later positions to minus infinity, so that softmax makes
+# their shares 0. Without it the loss falls to 0.03, and what the model writes is nonsense, because when it
+# writes there is nothing ahead to read. (From here to section 7, a number given like this is the held-out
+# loss of tiny, trained for 500 steps, without the part or with the change in question. With all parts it is
+# 1.87; without attention 2.54, no better than counting pairs.)
 
 
 def attention_by_hand(query, key, value):
@@ -305,6 +309,11 @@ def attention_by_hand(query, key, value):
     >>> value = torch.tensor([[8.0], [4.0], [0.0]])
     >>> attention_by_hand(query, key, value).flatten()  # 8, (8 + 4) / 2, 8/4 + 4/4 + 0/2
     tensor([8., 6., 3.])
+
+    What has the mask hidden? The third value from the first two. Without it, all three get 8/4 + 4/4 + 0/2:
+
+    >>> F.scaled_dot_product_attention(query, key, value, scale=1).flatten()
+    tensor([3., 3., 3.])
 
     The model below uses PyTorch's, which does the same in one call, with two dimensions more (see below),
     and is faster because it never writes down the whole table of shares:
@@ -326,13 +335,15 @@ def attention_by_hand(query, key, value):
 # `layer(x)`, runs its `forward`. `.train()` and `.eval()` tell it whether it is being trained; `.training`
 # remembers.) One linear layer makes query, key and value in one go. We do not attend once but `n_head` times
 # side by side, each *head* with its own slice of query, key and value, so that one can watch the last letter
-# while another watches the speaker's name: `head_size` is C / n_head. A last linear layer mixes what the
-# heads have found. The names are those of GPT-2's own files: `c_attn` makes query, key and value;
-# `c_proj` ("projection") mixes the heads.
+# while another watches the speaker's name: `head_size` is C / n_head. (With one head: 2.07.) A last linear
+# layer mixes what the heads have found. The names are those of GPT-2's own files: `c_attn` makes query, key
+# and value; `c_proj` ("projection") mixes the heads.
 #
 # *Dropout* (Srivastava et al., 2014) sets a random share of a layer's outputs to 0, in training only, and
-# enlarges the rest to make up for it. No part can then rely on a few others, which hinders learning by heart.
-# It also slows learning, so it pays only where a large model sees a small text many times.
+# enlarges the rest to make up for it. Since no part can then rely on a few others, the text is harder to
+# learn by heart. But learning is slower too, so dropout pays only where a large model sees a small text many
+# times: a dropout of 0.1 costs tiny 0.06. (It comes after the embeddings, attention and MLP; GPT-2 drops
+# shares, too.)
 
 
 class Linear(nn.Linear):
@@ -380,14 +391,15 @@ class Attention(nn.Module):
 
 
 # %% 3. The MLP
-# Attention moves information between positions but only ever averages it. The *MLP* (multi-layer perceptron)
-# is where each position, on its own, thinks about what it has gathered: a linear layer to four times the
-# width, a bend (the *activation function*), a linear layer back. Without the bend two linear layers would be
-# no more than one, since a weighted sum of weighted sums is again a weighted sum (loss without: 2.13). GPT-2
-# bends with *GELU* (Hendrycks and Gimpel, 2016; GPT-2's code approximated it): each number x is multiplied by
-# the probability that a number drawn from the bell curve with mean 0 and *standard deviation* (the typical
-# distance from the mean) 1 is smaller than x. Large numbers pass, strongly negative ones become 0, and in
-# between it is smooth:
+# Attention moves information between positions but only ever averages it. The *MLP* (multi-layer perceptron;
+# the perceptron, Rosenblatt, 1958, was the first such layer that learned) is where each position, on its
+# own, thinks about what it has gathered: a linear layer to four times the width, a bend (the *activation
+# function*), a linear layer back. Without the bend two linear layers would be no more than one, since a
+# weighted sum of weighted sums is again a weighted sum (loss without: 2.13). GPT-2 bends with *GELU*
+# (Hendrycks and Gimpel, 2016; GPT-2's code approximated it): each number x is multiplied by the probability
+# that a number drawn from the bell curve with mean 0 and *standard deviation* (the typical distance from the
+# mean) 1 is smaller than x. Large numbers pass, strongly negative ones become 0, and in between it is smooth
+# (the simpler bend max(0, x) comes to 1.89):
 #
 # >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
 # tensor([-0.0000, -0.1600,  0.0000,  0.8400,  3.0000])
@@ -412,20 +424,21 @@ class MLP(nn.Module):
 
 
 # %% 4. The block
-# A block is one round of "look around, then think". (Where layers are counted, as in `n_layer` or "a model of
-# four layers", blocks are meant.) Neither half replaces the vectors, both add to them: this is a *residual
-# connection* (He et al., 2015). So the vectors run through the whole model as a stream that each half reads
-# from and writes to, the *residual stream*, and what is not touched passes unchanged. In training, word of
-# what should change (the gradient, section 7) travels down the same stream and reaches the lowest block
-# directly; else it would be multiplied by the weights of every layer on its way, and arrive faint or wild.
-# Without residual connections even two blocks learn badly (2.40), and deep models hardly at all. A stack of
-# such blocks is a *transformer*: the T in GPT, "generative pre-trained transformer".
+# A block is one round of "look around, then think". (Where layers are counted, as in `n_layer` or "a model
+# of four layers", blocks are meant.) Neither half replaces the vectors, both add to them: this is a
+# *residual connection* (He et al., 2015). So the vectors run through the whole model as a stream that each
+# half reads from and writes to, the *residual stream* (Elhage et al., 2021), and what is not touched passes
+# unchanged. In training, the signal of what should change (the gradient, section 7) flows back along the
+# same stream and reaches the lowest block directly; else the weights of every layer on its way would
+# multiply it, until it vanished or exploded. Without residual connections even two blocks learn badly
+# (2.40), and deep models hardly at all. A stack of such blocks is a *transformer*: the T in GPT, "generative
+# pre-trained transformer".
 #
 # *Layer normalization* (Ba et al., 2016) comes before each half: it shifts and scales every vector to mean
 # 0 and standard deviation 1 (`eps` saves it from dividing by 0 where all numbers are equal), then applies
 # a learned scale and shift of its own. So each half gets input of the same size whatever those below have
 # piled up (without: 2.41). The first transformer normalized after each half, in the stream itself; GPT-2 does
-# it before, on a copy, and so leaves the direct way down clear: deep models then train without special care
+# it before, on a copy, and so leaves the direct way back clear: deep models then train without special care
 # (Xiong et al., 2020).
 
 
@@ -445,37 +458,39 @@ class Block(nn.Module):
 
 
 # %% 5. The model
-# What is still missing are the two ends. Going in, each token becomes a vector, its *embedding*: row number
-# `token` of a learned table. Attention by itself ignores order (a weighted mean has none; the mask tells
-# only before from after), so a second table has a vector for each position in the context, and the two are
-# added. Without it, what came before is little more than a bag of letters (2.40). Coming out, after a last
-# layer normalization, the dot product of each vector with each row of the first table gives a number for
-# each character, its *logit*: the higher, the likelier; softmax turns them into probabilities. Using one
-# table at both ends is *weight tying* (Press and Wolf, 2017): a character is read and written with the same
-# vector, and learned once. (With two tables: 1.86. So here it gains nothing; but in the smallest GPT-2 the
-# table is a third of all parameters.)
+# What is still missing are the two ends. Going in, each token becomes a vector, its *embedding* (Bengio et
+# al., 2003): row number `token` of a learned table. (The token itself is only a place in a list: that e is
+# 43 and t is 58 says nothing about them.) Attention by itself ignores order (a weighted mean has none; the
+# mask tells only before from after), so a second table has a vector for each position in the context, and
+# the two are added. Without positions, what came before is little more than a bag of letters (2.40). Coming
+# out, after a last layer normalization, the dot product of each vector with each row of the first table
+# gives a number for each character, its *logit*: the higher, the likelier. Any number will do, which suits a
+# sum; softmax turns them into probabilities. Using one table at both ends is *weight tying* (Press and Wolf,
+# 2017): a character is read and written with the same vector, and learned once. (With two tables: 1.86. So
+# here it gains nothing; but in the smallest GPT-2 the table is a third of all parameters.)
 #
 # Count the parameters: the two tables; in each block 12 C² weights, 9 C biases, and 4 C numbers in its two
 # layer normalizations; and 2 C in the last one.
 #
 # >>> def count(V, T, C, n_layer): return V * C + T * C + n_layer * (12 * C * C + 13 * C) + 2 * C
 # >>> configs = [Config(**size) for size in SIZES.values()]
-# >>> [f"{count(65, c.block_size, c.n_embd, c.n_layer) / 1e6:.1f} M" for c in configs]
-# ['0.4 M', '3.2 M', '10.8 M', '85.9 M']
+# >>> [f"{count(65, c.block_size, c.n_embd, c.n_layer):,}" for c in configs]
+# ['421,504', '3,208,960', '10,770,816', '85,892,352']
 #
 # The *initial weights* must be random: if all started equal, all rows of a matrix would be changed in the
 # same way and stay alike forever. How large they are (their standard deviation; their mean is 0) matters
 # more than it seems. What a layer gives out is a sum of C products, which grows with the root of C (section
-# 2); weights of 1 / sqrt(C) cancel that, so that what comes out is as large as what went in. (The second
-# layer of an MLP sums 4 C, but GELU has made most of its inputs small.) That is 0.088 at width 128. GPT-2
-# drew its weights at 0.02, not far off at its widths of 768 to 1,600; in tiny, all layers would answer four
-# times too faintly, and the first hundreds of steps would go into making them louder. The tables get the
-# same spread, which makes each of their rows a vector of length 1: token and position weigh the same in
-# their sum, and the first logits, dot products with such rows, are about as large as 1, so that no character
-# is preferred by much. Layers that write to the residual stream start smaller, by the root of 2 `n_layer`,
-# as in GPT-2: each block writes twice, and so the stream does not grow with the number of blocks.
+# 2); weights of 1 / sqrt(C) cancel that (LeCun et al., 1998), so that what comes out is as large as what
+# went in. (The second layer of an MLP sums 4 C, but GELU has made most of its inputs small.) At width 128,
+# this is 0.088. GPT-2 drew its weights at 0.02, not far off at its widths of 768 to 1,600; in tiny, all
+# layers would answer four times too faintly, and the first hundreds of steps would go into making them
+# louder (2.04). The tables get the same spread, which makes each of their rows a vector of length 1: token
+# and position weigh the same in their sum, and the first logits, dot products with such rows, are about as
+# large as 1, so that no character is preferred by much. Layers that write to the residual stream start
+# smaller, divided by the square root of twice `n_layer`, as in GPT-2: each block writes twice, and so the
+# stream does not grow with the number of blocks.
 #
-# One more thing need not start at random. What predicts a character best are the few just before it, so a
+# One more thing need not start at random. A character is best predicted by the few just before it, so a
 # model of text must first learn to look there. That is hard to find: token and position are added, so
 # whatever a query asks about a place picks up something of the character too; and in a random table
 # nothing says which position comes just before which. So we give the heads a *head start*, in three moves,
@@ -488,13 +503,13 @@ class Block(nn.Module):
 #       the cosine of the hand's angle. (The first transformer had such waves, never trained.) Going back one
 #       position then turns each hand by its own fixed angle, wherever one is.
 #
-# So where a head makes its keys from the hands, its query can be what the key would be with all hands turned
-# back by d positions. Normalization aside, the query at p then equals the key at p - d, and a vector's dot
-# product with itself is larger than with others of about its length. So head 1 of the first block starts by
-# looking one character back, head 2 two, and so on: nearly all of their shares go there. (Half, once there
-# is a place C / 2 further back, where all hands stand the same again. Paces without such a return bring no
-# lower loss.) In higher blocks the channels have been mixed, and heads start at random. The loss without all
-# this: 2.27.
+# So where a head makes its keys from the hands, we can set its query to the key that it would make with all
+# hands turned back by d positions. Normalization aside, the query at p then equals the key at p - d, and a
+# vector's dot product with itself is larger than with others of about its length. So head 1 of the first
+# block starts by looking one character back, head 2 two, and so on: nearly all of their shares go there.
+# (Only half, once a place C / 2 further back exists, where all hands stand the same again. Paces that avoid
+# this gave no lower loss.) In higher blocks the channels have been mixed, and heads start at random. The
+# loss without all this: 2.27.
 
 
 class GPT(nn.Module):
@@ -570,14 +585,14 @@ class GPT(nn.Module):
 # T asks T questions. The answers, the *targets*, are the stretch moved on by one. A *batch* of B stretches
 # is worked through together, since a processor multiplies one large matrix faster than many small ones, up
 # to the size that keeps it busy. A still larger batch makes each gradient (section 7) a little surer, but
-# for the same amount of text it leaves fewer steps to learn in.
+# for the same amount of text it leaves fewer steps to learn in (64 stretches, an eighth of the steps: 2.33).
 #
 # Where do the stretches begin? Anywhere, by chance. But chance that can be repeated: a *seed* is a number
 # from which a generator of random numbers starts, and the same seed gives the same numbers every time. Step s
 # of a run draws all its randomness from the run's seed and s, and from nothing that happened before. That
 # is why a run of this file can be repeated to the last bit (on a CPU, with the same PyTorch and number of
 # threads; GPUs add in an order of their own), and why one that was interrupted goes on as if it never had
-# been: there are no dice to save.
+# been: there are no dice to save. (Another seed is another run: held-out losses then differ by up to 0.03.)
 
 
 def seed_of(seed, step):
@@ -601,18 +616,26 @@ def get_batch(tokens, batch_size, block_size, seed, step):
 # %% 7. Training
 # The model starts knowing nothing of the text. Each step of training takes one batch and asks of each
 # parameter: if it were a little larger, how much would the loss rise or fall? These numbers are the
-# *gradient*, and PyTorch works them out backwards from the loss through everything that led to it
-# (`loss.backward()`, which adds each to its parameter's `.grad`). The *optimizer* finds them there and moves
-# each parameter a little the other way. That is all; what remains is how far to move, in which direction
-# exactly, and how to judge the result.
+# *gradient*, and PyTorch works them out backwards from the loss through everything that led to it (Rumelhart
+# et al., 1986): `loss.backward()` adds each to its parameter's `.grad`. With one parameter of 3, and a loss
+# that wants it to be 1:
+#
+# >>> weight = nn.Parameter(torch.tensor(3.0))
+# >>> loss = (weight - 1) ** 2  # 4
+# >>> loss.backward()
+# >>> weight.grad  # where the weight is a little larger, the loss rises four times as much
+# tensor(4.)
+#
+# The *optimizer* finds the gradient there and moves each parameter a little the other way. That is all; what
+# remains is how far to move, in which direction exactly, and how to judge the result.
 #
 # *The learning rate* is how far. Too small wastes time, too large throws away what was learned; what is
-# right is, after a short run-up, large early and small at the end. *Warm-up*: over the first steps it rises
-# from almost 0, since the optimizer (below) goes by the mean of many gradients and has seen few: it would
-# move every parameter the whole distance on the word of one batch. *Cosine decay* (Loshchilov and Hutter,
-# 2017): from the peak it falls along half a cosine wave, first slowly, then fast, then gently to its end.
-# Large steps find the region, small ones the lowest point in it; a run that stays at the peak keeps jumping
-# about that point and ends with a higher loss.
+# right is, after a short run-up, large early and small at the end. *Warm-up* (Goyal et al., 2017): over the
+# first steps it rises from almost 0, since the optimizer (below) goes by the mean of many gradients and has
+# seen few: it would move every parameter the whole distance on the word of one batch. *Cosine decay*
+# (Loshchilov and Hutter, 2017): from the peak it falls along half a cosine wave, first slowly, then fast,
+# then gently to its end. Large steps find the region, small ones the lowest point in it; a run that stays at
+# the peak keeps jumping about that point and ends higher (1.92).
 
 
 def learning_rate(step, config):
@@ -632,12 +655,14 @@ def learning_rate(step, config):
 # *AdamW* (Kingma and Ba, 2015; Loshchilov and Hutter, 2019) does not follow a gradient as it comes, since
 # batches differ and single ones mislead. For each parameter it keeps two running means, of the gradient and
 # of its square. In each step the first keeps 0.9 of its old value and takes a tenth of the new gradient, and
-# so looks back on about 10 steps; the second keeps `beta2` = 0.99 and looks back on about 100 (both
-# corrected for having started at 0). The parameter moves by the learning rate times the first divided by the
-# root of the second. That quotient is near 1 or -1 while the gradients agree and near 0 while they cancel,
-# whether they are large or tiny; plain gradient descent would need a rate of its own for each kind of layer
-# (with one rate for all, the best of four tried, 500 steps end at 1.95 instead of 1.87). In its first step,
-# a gradient of 100 and one of 0.001 move their parameters equally far:
+# so looks back on about 10 steps; the second keeps `beta2` = 0.99 and looks back on about 100 (PyTorch's
+# 0.999, for longer runs, does as well; both means are corrected for having started at 0, which makes the
+# first few too small). The parameter moves by the learning rate times the first divided by the square root
+# of the second (plus a hundred-millionth, `eps`, lest it divide by 0). That quotient is near 1 or -1 while
+# the gradients agree and near 0 while they cancel, whether they are large or tiny; plain gradient descent
+# would need a rate of its own for each kind of layer (with one rate for all, the best of four tried, and
+# without decay: 1.95). In its first step, a gradient of 100 and one of 0.001 move their parameters equally
+# far:
 #
 # >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
 # >>> weight.grad = torch.tensor([100.0, 0.001])
@@ -651,8 +676,8 @@ def learning_rate(step, config):
 # little to be remembered in them.
 #
 # *Gradient clipping* (Pascanu et al., 2013): now and then a batch is so odd that its gradient, all its
-# numbers taken as one long arrow, is many times longer than usual; a gradient longer than `grad_clip` is
-# first shortened to that, so that one bad step does not undo many.
+# numbers taken as one long arrow, is much longer than usual; a gradient longer than `grad_clip` (1, as in
+# GPT-3) is first shortened to that, so that one bad step does not undo many.
 #
 # Decay, clipping and warm-up are insurance: in 500 steps of tiny, leaving out any one of them changes the
 # loss by 0.01 at most. Large models in long runs need them.
@@ -671,14 +696,15 @@ def make_optimizer(model, config):
 
 
 # *Precision.* A float32 number has 24 bits of precision, more than training needs, and GPUs multiply 16-bit
-# numbers several times faster. There are two kinds. bfloat16 can hold numbers as large and as small as
-# float32 can, but only to 8 bits of precision. float16 has 11 bits, but below 0.00000006 everything is 0,
-# small gradients too; so the loss is multiplied by a large number, which makes every gradient as many times
-# larger, and the gradients are divided by it before they are used (`GradScaler`, which also finds the
-# number). In *mixed precision* (`autocast`; Micikevicius et al., 2018) linear layers and attention compute
-# with 16-bit copies, while weights, residual stream, normalization and optimizer stay in float32. `auto`
-# takes bfloat16 on GPUs that have it in hardware (2020 and later), float16 on older ones such as Colab's T4
-# (which accepts bfloat16 but only imitates it, slowly), and float32 elsewhere.
+# numbers several times faster (Colab's T4 eight times, by its maker's figures). There are two kinds.
+# bfloat16 can hold numbers as large and as small as float32 can, but only to 8 bits of precision. float16
+# has 11 bits, but below 0.00000006 everything is 0, small gradients too; so the loss is multiplied by a
+# large number, which makes every gradient as many times larger, and the gradients are divided by it before
+# they are used (`GradScaler`, which also finds the number). In *mixed precision* (`autocast`; Micikevicius
+# et al., 2018) linear layers and attention compute with 16-bit copies, while weights, residual stream,
+# normalization and optimizer stay in float32. `auto` takes bfloat16 on GPUs that have it in hardware (2020
+# and later), float16 on older ones such as Colab's T4 (which accepts bfloat16 but only imitates it, slowly),
+# and float32 elsewhere.
 
 
 def number_format(dtype, device):
@@ -698,8 +724,9 @@ def mixed_precision(dtype, device):
 
 # *Several processes* (started by `torchrun`) can share one run: each has the whole model and its share of
 # every batch, and their gradients are averaged before each step, so that together they do what one would do
-# with the whole batch. This is *data parallelism*. With one process, as on a laptop, the first function
-# below returns (0, 1), and the second the number it was given.
+# with the whole batch. This is *data parallelism* (Li et al., 2020); without it, one device does all the
+# work. With one process, as on a laptop, the first function below returns (0, 1), and the second the number
+# it was given.
 
 
 def place_among_processes():
@@ -719,8 +746,9 @@ def sum_over_processes(number, device):
 # *The held-out loss* is the one number to judge by, so we do not estimate it from a few batches: we cut the
 # whole held-out text into windows and take the mean over every character. (The first characters of a window
 # have little to look back on, so the number is a little higher than what the model can do.) While it falls
-# together with the training loss, the model is learning the language; when the training loss goes on
-# falling and this one turns and rises, it is learning the text by heart: *overfitting*.
+# together with the training loss, the model is learning the language; when the training loss goes on falling
+# and this one turns and rises, it is learning the text by heart: *overfitting*. (Small ends its run at 1.19
+# and 1.57. Against it help more text, weight decay, dropout, and keeping the best model, not the last.)
 
 
 @torch.inference_mode()  # no_grad in its quickest form, for results that are never learned from
@@ -770,10 +798,10 @@ def evaluate(model, tokens):
 # steps and a width of 256 to 2.05 in a quarter of them, against 1.90. Eight heads instead of four change
 # nothing.
 #
-# In time: the model that nanoGPT's README has for a CPU has four layers and takes all 2,000 steps, twice the
-# work of the first line. Written as a plain script, it ended at 1.90 as well, after 75 seconds on two cores.
-# Ours, given settings for haste, was at 1.89 after 10 seconds (`--block-size 64 --lr 3e-3 --steps 700`: short
-# contexts make cheap steps, and in a short run the rate can be higher).
+# As for time: nanoGPT's model for a CPU has four layers and trains for 2,000 steps, twice the work of the
+# first line. Written as a plain script, it ended at 1.90 as well, after 75 seconds on two cores. Ours, given
+# settings for haste, was at 1.89 after 10 seconds (`--block-size 64 --lr 3e-3 --steps 700`: short contexts
+# make cheap steps, and in a short run the rate can be higher).
 #
 # The other sizes follow from tiny. The wider the model, the smaller its learning rate, about in inverse
 # proportion: what a layer gives out is a sum over its width, and while random weights partly cancel in it,
@@ -790,7 +818,7 @@ class Report:
     step: int  # steps done so far
     loss: float  # of this step's batch, in nats per character
     held_out: float | None  # loss on the held-out text, when this step was followed by a look at it
-    seconds: float  # spent in steps of this call, looks at the held-out text left out
+    seconds: float  # spent on this call's steps, not counting looks at the held-out text
     state: Callable  # state() is all that it takes to go on from here, valid until the next step
 
 
@@ -850,10 +878,10 @@ def train(model, training, held_out, state=None):
 
 # %% 8. Writing
 # To write, the model guesses, we choose one character by its probabilities, add it to the text, and ask
-# again. There are several ways to choose. *Temperature* divides the logits before softmax: below 1 the
-# likely becomes likelier (careful, repetitive), above 1 all becomes more even (bold, then nonsense), and at
-# 0 only the likeliest is left. *Top-k* strikes out all but the k likeliest: each of the others is rare, yet
-# together they come up often and derail the text.
+# again. There are several ways to choose. *Temperature* (Ackley et al., 1985) divides the logits before
+# softmax: below 1 the likely becomes likelier (careful, repetitive), above 1 all becomes more even (bold,
+# then nonsense), and at 0 only the likeliest is left. *Top-k* (Fan et al., 2018) strikes out all but the k
+# likeliest: each of the others is rare, yet together they come up often and derail the text.
 
 
 def probabilities(logits, temperature=1.0, top_k=0):
@@ -879,12 +907,13 @@ def probabilities(logits, temperature=1.0, top_k=0):
     return logits.softmax(0)
 
 
-# *The key-value cache.* Done naively, each new character sends the whole text through the model again, only
-# to read the logits at its end. Yet nothing has changed for the earlier positions: none of them can see the
-# new one, so their keys and values are what they were. So the attention of each block writes its keys and
-# values down, and a new character costs the work of one position: it makes its own query, key and value and
-# looks at those written down. The answer is the same. The cache is one tensor, with room for a whole context
-# in each block; `start` is how many positions it already holds.
+# *The key-value cache.* The naive way sends the whole text through the model again for each new character,
+# only to read the logits at its end. Yet nothing has changed for the earlier positions: none of them can see
+# the new one, so their keys and values are what they were. So the attention of each block writes its keys
+# and values down, and a new character costs the work of one position: it makes its own query, key and value
+# and looks at those written down. The answer is the same, and tiny writes 3 times as fast, medium 14 times.
+# The cache is one tensor, with room for a whole context in each block; `start` is how many positions it
+# already holds.
 #
 # When the context is full there is no place left: positions are rows of a table, and the table has an end.
 # Then we keep the later half of the text, send that through afresh as if it had just begun, and go on; so
@@ -904,8 +933,8 @@ def without_onednn():
 def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, seed=1337):
     """Write on from `prompt`: an iterator over `length` characters, one at a time as they are made.
 
-    An empty prompt counts as two line ends (where the text has none, as the first of the vocabulary); of
-    one longer than the context only the last part counts. Leaves the model's training mode and PyTorch's
+    An empty prompt counts as two line ends (where the text has none, as the first of the vocabulary); of a
+    prompt longer than the context only the end counts. Leaves the model's training mode and PyTorch's
     own random numbers as they were. Raises ValueError for unknown characters in the prompt and for a length,
     temperature or top_k that makes no sense.
     """
@@ -943,12 +972,18 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
     return characters()
 
 
-# That is all there is to it: whoever has come this far has seen every part of a language model. What
-# separates it from those in the news is, first of all, scale, and that can be reckoned: each parameter costs
-# a multiplication and an addition for each character on the way forward, and twice that on the way back (for
-# the gradients of the weights and for those of what went in), 6 operations in all. Here is the training of
-# `medium` at 0.1 trillion operations a second (a laptop's CPU), and at 22 and 330 trillion (a third of what
-# Colab's T4 and an H100 can do at best):
+# *From here to the models in the news.* That is all there is to it: whoever has come this far has seen every
+# part of a language model. What separates it from those is, first of all, scale, and that can be reckoned:
+# each parameter costs a multiplication and an addition for each character on the way forward, and twice that
+# on the way back (for the gradients of the weights and for those of what went in), 6 operations in all
+# (Kaplan et al., 2020; attention's dot products, about a tenth here, are left out). A step of tiny, which
+# has 420,000 parameters and takes 8 * 128 characters, at 0.1 trillion operations a second (a laptop's CPU):
+#
+# >>> print(f"{6 * 420_000 * (8 * 128) / 0.1e12:.3f} seconds")
+# 0.026 seconds
+#
+# (It took 0.028 on two cores.) And the whole training of medium, there, and at 22 and 330 trillion
+# operations (a third of what Colab's T4 and an H100 can do at best):
 #
 # >>> operations = 6 * 10.8e6 * (16 * 256) * 6000  # parameters, characters a step, steps
 # >>> [f"{operations / each_second / 60:,.1f} minutes" for each_second in (0.1e12, 22e12, 330e12)]
@@ -1002,8 +1037,7 @@ def write_whole(path, content):
     except OSError as error:
         raise OSError(f"can't write {path}: {error.strerror}; what was there is untouched") from None
     finally:
-        with contextlib.suppress(OSError):  # renamed, it is gone already
-            beside.unlink()  # debris of a failure, or of Ctrl-C
+        beside.unlink(missing_ok=True)  # debris of a failure, or of Ctrl-C; renamed, it is gone already
 
 
 def fingerprint(content):
@@ -1057,7 +1091,7 @@ def pick_device(name="auto"):
         torch.zeros(1, device=name).item()  # the proof of a device is that it works
     except Exception:
         advice = "choose auto, cpu, cuda, cuda:1 (the second GPU) or mps"
-        raise Mistake(f"--device {name} is not to be had here: {advice}") from None
+        raise Mistake(f"--device {name} is not available here: {advice}") from None
     device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1163,21 +1197,16 @@ FLAGS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse answers a mistake with two lines and exits; ours says it in one, like all other mistakes."""
-
-    def error(self, message):
-        raise Mistake(f"{message}; python gpt.py --help lists all flags")
-
-
 def read_flags(argv):
     """The command line, a string or a list of words -> the given flags, by name. Raises ValueError."""
     try:
         words = shlex.split(argv) if isinstance(argv, str) else argv
     except ValueError as error:
         raise Mistake(f"{error}: {argv}") from None
-    about = "Train a small GPT-2 on a text and let it write."
-    parser = Parser("gpt.py", argument_default=argparse.SUPPRESS, allow_abbrev=False, description=about)
+    parser = argparse.ArgumentParser("gpt.py", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.description = "Train a small GPT-2 on a text and let it write."
+    # argparse answers a mistake with two lines and exits; ours says it in one, like all other mistakes.
+    parser.error = lambda message: require(False, f"{message}; python gpt.py --help lists all flags")
     rows = [(name, *row, "store_true") for name, row in FLAGS.items()]
     for row in fields(Config)[:-1]:  # all but vocab_size
         default = "" if row.default is None else f" (default: {row.default})"
@@ -1234,9 +1263,8 @@ def prepare(given, out, unfinished):
     resumed = start if "resume" in given else {}
     path = Path(given.get("data") or resumed.get("data") or find_text())
     text, T, processes = read_text(path), config.block_size, place_among_processes()[1]
-    # With this many characters, the held-out tenth is one window and its targets.
-    enough = len(text) >= 10 * T + 1
-    require(enough, f"{path} has {len(text)} characters: a context of {T} needs {10 * T + 1}")
+    # With so many characters, the held-out tenth is one window and its targets.
+    require(len(text) > 10 * T, f"{path} has {len(text)} characters: a context of {T} needs {10 * T + 1}")
     same = not resumed or resumed["text"] == fingerprint(text.encode())
     require(same, f"{path} is not the text that the run in {unfinished} began with")
     lost = resumed and resumed["history"]["held_out"] and not out.exists()
@@ -1278,12 +1306,12 @@ def set_aside(out, unfinished):
         earlier = read_checkpoint(unfinished)
         done, steps = earlier["step"], earlier["config"]["steps"]
         if done < steps:
-            say(f"It is a run that stopped at step {done} of {steps}. To go on with that one instead, press")
-            say("Ctrl-C, give what was kept its old name back, and use --resume.")
+            say(f"That run stopped at step {done} of {steps}. To go on with it instead, press Ctrl-C,")
+            say("give what was kept its old name back, and use --resume.")
 
 
-# *During a run*, whoever waits wants to know three things: does it learn, how fast, and how long still
-# (looks at the held-out text left out)? A single batch is easy or hard by chance, so what is shown is the
+# *During a run*, whoever waits wants to know three things: does it learn, how fast, and how much longer
+# (not counting looks at the held-out text)? A single batch is easy or hard by chance, so what is shown is the
 # mean training loss of the last twenty; and each yardstick of section 1 is named when that mean passes it
 # (only a hint: what counts is the held-out loss).
 
@@ -1375,6 +1403,7 @@ def run(given, how):
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # how GPUs talk, and how CPUs
         atexit.register(dist.destroy_process_group)
+        atexit.register(gc.collect)  # before it: what is let go of here could keep the group's threads alive
     resumed = start if "resume" in given else None
     history = resumed["history"] if resumed else {"training": [], "held_out": []}
     origin = {"history": history, "data": str(path), "text": fingerprint(text.encode())}

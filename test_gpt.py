@@ -94,8 +94,11 @@ def shapes_inside(model, inputs):
 # ---------------------------------------------------------------- the three promises that people come for
 
 
-@pytest.mark.parametrize("size, millions", [("tiny", 0.4), ("small", 3.2), ("medium", 10.8), ("gpt2", 85.9)])
-def test_each_part_of_each_size_gives_out_the_shape_that_the_lesson_says(size, millions):
+PARAMETERS = {"tiny": 421_504, "small": 3_208_960, "medium": 10_770_816, "gpt2": 85_892_352}
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_each_part_of_each_size_gives_out_the_shape_that_the_lesson_says(size):
     config = gpt.Config(**gpt.SIZES[size])
     model, (B, T, C, V) = gpt.GPT(config), (2, 8, config.n_embd, config.vocab_size)
     inputs, targets = gpt.get_batch(TOKENS, B, T, seed=1, step=1)
@@ -108,7 +111,7 @@ def test_each_part_of_each_size_gives_out_the_shape_that_the_lesson_says(size, m
         for part in ("", ".ln_1", ".attn", ".attn.c_proj", ".ln_2", ".mlp", ".mlp.c_proj"):
             assert shapes[f"h.{layer}{part}"] == (B, T, C)
     assert shapes["ln_f"] == (B, T, C) and shapes[""] == (B, T, V)
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[size]
 
 
 def test_the_loss_decreases_from_an_even_guess_to_below_counting_letter_pairs():
@@ -238,12 +241,17 @@ def test_the_order_of_the_text_matters_to_the_model():
     assert (first - second).abs().max() > 1e-3
 
 
-def test_dropout_is_on_in_training_and_off_otherwise():
-    model, tokens = gpt.GPT(replace(SMALL, dropout=0.5)), TOKENS[None, :16].long()
-    x = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(1))
-    for part, given in [(model, tokens), (model.h[0].attn, x), (model.h[1].mlp, x)]:
-        assert not torch.equal(part.train()(given), part(given))
-        assert torch.equal(part.eval()(given), part(given))
+def test_dropout_zeroes_its_share_of_three_outputs_in_training_and_none_otherwise():
+    model, seen = randomized(replace(SMALL, dropout=0.5)), {}
+    block = model.h[0]
+    block.register_forward_pre_hook(lambda part, arguments: seen.update(embeddings=arguments[0]))
+    block.attn.register_forward_hook(lambda part, arguments, output: seen.update(attention=output))
+    block.mlp.register_forward_hook(lambda part, arguments, output: seen.update(mlp=output))
+    for mode, share in [(True, 0.5), (False, 0)]:
+        model.train(mode)(TOKENS[:480].view(30, 16).long())
+        for output in seen.values():
+            assert (output == 0).float().mean() == pytest.approx(share, abs=0.05)
+    assert len(seen) == 3
 
 
 PYTORCH_NAMES = {
@@ -281,6 +289,8 @@ def test_weights_start_at_the_spread_that_suits_the_width():
     assert abs(weights["h.0.mlp.c_proj.weight"].std() - 128**-0.5 / 2) < 0.002  # sqrt(2 * n_layer) is 2
     assert not weights["h.1.mlp.c_fc.bias"].any() and (weights["ln_f.weight"] == 1).all()
     usual = gpt.GPT(gpt.Config(init_std=0.02, head_start=False)).state_dict()
+    other = gpt.GPT(gpt.Config(init_std=0.02, head_start=False, seed=1)).state_dict()
+    assert not torch.equal(usual["wte.weight"], other["wte.weight"])
     assert all(abs(usual[name].std() - 0.02) < 0.001 for name in ("wpe.weight", "wte.weight"))
 
 
@@ -303,6 +313,9 @@ def test_each_head_starts_by_looking_back_its_number_of_characters():
         favourite = (queries[:, part] @ keys[:, part].T).tril().argmax(1)
         back = torch.arange(64) - favourite
         assert (back[4:] == head + 1).all()  # whatever characters stand there
+        scores = queries[:, part] @ keys[:, part].T / math.sqrt(32)
+        shares = scores.masked_fill(torch.ones(64, 64).triu(1).bool(), -math.inf).softmax(1)
+        assert shares[4:].amax(1).mean() > 0.95  # nearly all goes there
 
 
 # ---------------------------------------------------------------- 6: batches
@@ -345,6 +358,16 @@ def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine():
     assert gpt.learning_rate(108, tenth) < gpt.learning_rate(109, tenth) == 2e-3
 
 
+def test_the_optimizer_follows_the_schedule_and_the_settings(monkeypatch):
+    config, made = replace(SMALL, beta2=0.95), []
+    make = gpt.make_optimizer
+    monkeypatch.setattr(gpt, "make_optimizer", lambda *arguments: made.append(make(*arguments)) or made[0])
+    for report in gpt.train(gpt.GPT(config), TRAINING, SHORT):
+        for group in made[0].param_groups:
+            assert group["lr"] == gpt.learning_rate(report.step - 1, config)
+            assert group["betas"] == (0.9, 0.95)
+
+
 def test_decay_is_for_matrices_only():
     model = gpt.GPT(SMALL)
     decayed, spared = gpt.make_optimizer(model, SMALL).param_groups
@@ -381,6 +404,25 @@ def test_half_precision_computes_nearly_the_same_and_keeps_the_weights_whole():
     assert half[0].loss != full[0].loss == pytest.approx(half[0].loss, abs=0.02)
     assert half[-1].held_out == pytest.approx(full[-1].held_out, abs=0.02)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_float16_with_its_scaler_trains_alike_and_resumes_to_the_bit(monkeypatch):
+    monkeypatch.setattr(gpt, "number_format", lambda *arguments: torch.float16)  # CPUs can, but slowly
+    config = replace(SMALL, lr=0.01, grad_clip=0.1)
+    model, half = trained(config)
+    monkeypatch.undo()
+    _, full = trained(config)
+    assert half[0].loss != full[0].loss
+    assert [r.loss for r in half] == pytest.approx([r.loss for r in full], abs=0.02)
+    monkeypatch.setattr(gpt, "number_format", lambda *arguments: torch.float16)
+    run = gpt.train(gpt.GPT(config), TRAINING, SHORT)
+    state = next(report for report in run if report.step == 7).state()
+    assert state["scaler"]["scale"] > 1000
+    state = pickle.loads(pickle.dumps(state))
+    state["scaler"]["scale"] /= 4  # as if it had been found too large
+    _, rest = trained(config, state=state)
+    assert [r.loss for r in rest] == pytest.approx([r.loss for r in full[7:]], abs=0.02)
+    assert rest[-1].state()["scaler"]["scale"] == half[-1].state()["scaler"]["scale"] / 4
 
 
 def test_the_held_out_loss_is_the_mean_over_every_character():
@@ -626,6 +668,13 @@ def test_the_picture_shows_both_losses_and_three_yardsticks(tmp_path):
     assert len(figure.axes[0].lines) == 5 and (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_is_drawn_at_the_start_and_at_each_look(in_folder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(gpt, "draw", lambda path, history, marks: drawn.append(len(history["held_out"])))
+    gpt.main([*SMALL_FLAGS, "--steps", "4", "--eval-every", "2", "--plot", "loss.png"])
+    assert drawn == [0, 1, 2]
+
+
 # ---------------------------------------------------------------- 10: the command line
 
 
@@ -649,6 +698,7 @@ def test_the_command_line_trains_and_writes(tmp_path):
     assert run.returncode == 0 and err == ""  # no warning either
     assert "1,266,726 characters, 65 different" in out and "1,535 of the 4,225" in out
     assert out.count("held-out loss") == 3  # two looks, and the line that names the best
+    assert out.count("\n    | ") >= 2  # with what the model writes by then
     assert len(out.split("It writes:\n\n")[1]) == 40 + 1  # the scene and a line end
     assert sorted(os.listdir(tmp_path)) == ["gpt.pt", "gpt.resume.pt"]
 
@@ -979,7 +1029,7 @@ def test_a_finished_run_goes_on_when_given_more_steps(in_folder):
     assert state["step"] == 6 and len(state["history"]["training"]) == 6
 
 
-def test_the_best_model_is_kept_and_not_the_last(in_folder, monkeypatch):
+def test_the_best_model_is_kept_and_not_the_last(in_folder, monkeypatch, capsys):
     losses = iter([3.0, 2.0, 2.5])
     monkeypatch.setattr(gpt, "evaluate", lambda model, tokens: next(losses))
     gpt.main([*SMALL_FLAGS, "--steps", "30", "--eval-every", "10"])
@@ -987,6 +1037,8 @@ def test_the_best_model_is_kept_and_not_the_last(in_folder, monkeypatch):
     assert set(best) == {"config", "characters", "model", "history"}
     assert best["history"]["held_out"] == [[10, 3.0], [20, 2.0]] and len(best["history"]["training"]) == 20
     assert last["history"]["held_out"][-1] == [30, 2.5] and not same(best["model"], last["model"])
+    scene = capsys.readouterr().out.split("It writes:\n\n")[1]  # by the best, too
+    assert scene.strip() == "".join(gpt.generate(*gpt.load("gpt.pt"), length=40)).strip()
 
 
 def test_a_run_that_is_stopped_tells_the_command_that_goes_on(in_folder, monkeypatch, capsys):
@@ -994,8 +1046,8 @@ def test_a_run_that_is_stopped_tells_the_command_that_goes_on(in_folder, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(gpt, "noting_signals", lambda: at_once)
         assert gpt.main([*SMALL_FLAGS, "--out", "my model.pt", "--device", "cpu"]) == 143
-    command = re.search(r"To go on: python gpt.py (.*)", capsys.readouterr().out)[1]
-    assert gpt.main(command + " --steps 2") is None
+        command = re.search(r"To go on: python gpt.py (.*)", capsys.readouterr().out)[1]
+        assert gpt.main(command + " --steps 2") is None  # at the last step there is nothing to go on with
 
 
 def test_a_run_whose_loss_explodes_says_so_and_keeps_its_last_good_model(in_folder, monkeypatch, capsys):
@@ -1170,6 +1222,17 @@ def test_the_file_runs_in_one_notebook_cell_and_cell_by_cell(tmp_path, web_serve
     assert told[2].startswith("gpt.py: --steps must be") and "held-out" in told[3]
     assert not any("SystemExit" in text or "Warning" in text for text in told)
     assert (tmp_path / "input.txt").read_text(encoding="utf-8") == TEXT
+
+
+def test_each_process_has_dice_of_its_own(monkeypatch):
+    thrown = []
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model: model)  # nobody to talk with
+    monkeypatch.setattr(gpt, "sum_over_processes", lambda number, device: number)
+    monkeypatch.setattr(torch, "manual_seed", thrown.append)
+    for rank in (0, 1):
+        monkeypatch.setattr(gpt, "place_among_processes", lambda: (rank, 2))
+        trained(replace(SMALL, steps=5))
+    assert len(set(thrown)) == len(thrown) == 10
 
 
 @only_linux
