@@ -294,9 +294,9 @@ def yardsticks(training, held_out, vocab_size):
 # all of them at once; so a position may look back, never ahead, or it would read its answer instead of
 # guessing. The *causal mask* sets the scores of later positions to minus infinity, so that softmax makes
 # their shares 0. Without it the loss falls to 0.03, and what the model writes is nonsense, because when it
-# writes there is nothing ahead to read. (From here to section 7, a number given like this is the held-out
-# loss of tiny, trained for 500 steps, without the part or with the change in question. With all parts it is
-# 1.87; without attention 2.54, no better than counting pairs.)
+# writes there is nothing ahead to read. (From here until the recipe in section 7, a number given like this
+# is the held-out loss of tiny, trained for 500 steps, without the part or with the change in question. With
+# all parts it is 1.87; without attention 2.54, no better than counting pairs.)
 
 
 def attention_by_hand(query, key, value):
@@ -310,17 +310,17 @@ def attention_by_hand(query, key, value):
     >>> attention_by_hand(query, key, value).flatten()  # 8, (8 + 4) / 2, 8/4 + 4/4 + 0/2
     tensor([8., 6., 3.])
 
-    What has the mask hidden? The third value from the first two. Without it, all three get 8/4 + 4/4 + 0/2:
-
-    >>> F.scaled_dot_product_attention(query, key, value, scale=1).flatten()
-    tensor([3., 3., 3.])
-
     The model below uses PyTorch's, which does the same in one call, with two dimensions more (see below),
     and is faster because it never writes down the whole table of shares:
 
     >>> query, key, value = query[None, None], key[None, None], value[None, None]  # (1, 1, 3, 1) each
     >>> F.scaled_dot_product_attention(query, key, value, is_causal=True).flatten()
     tensor([8., 6., 3.])
+
+    What has the mask hidden? The last values from the first two. Without it, all get 8/4 + 4/4 + 0/2:
+
+    >>> F.scaled_dot_product_attention(query, key, value).flatten()
+    tensor([3., 3., 3.])
     """
     # In row i, column j of these scores: what position i gives to position j.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (..., T, head_size) -> (..., T, T)
@@ -464,10 +464,11 @@ class Block(nn.Module):
 # mask tells only before from after), so a second table has a vector for each position in the context, and
 # the two are added. Without positions, what came before is little more than a bag of letters (2.40). Coming
 # out, after a last layer normalization, the dot product of each vector with each row of the first table
-# gives a number for each character, its *logit*: the higher, the likelier. Any number will do, which suits a
-# sum; softmax turns them into probabilities. Using one table at both ends is *weight tying* (Press and Wolf,
-# 2017): a character is read and written with the same vector, and learned once. (With two tables: 1.86. So
-# here it gains nothing; but in the smallest GPT-2 the table is a third of all parameters.)
+# gives a number for each character, its *logit*: the higher, the likelier. A logit may be any number, as a
+# dot product may; softmax turns all of them into probabilities. Using one table at both ends is *weight
+# tying* (Press and Wolf, 2017): a character is read and written with the same vector, and learned once.
+# (With two tables: 1.86. So here it gains nothing; but in the smallest GPT-2 the table is a third of all
+# parameters.)
 #
 # Count the parameters: the two tables; in each block 12 C² weights, 9 C biases, and 4 C numbers in its two
 # layer normalizations; and 2 C in the last one.
@@ -484,17 +485,17 @@ class Block(nn.Module):
 # went in. (The second layer of an MLP sums 4 C, but GELU has made most of its inputs small.) At width 128,
 # this is 0.088. GPT-2 drew its weights at 0.02, not far off at its widths of 768 to 1,600; in tiny, all
 # layers would answer four times too faintly, and the first hundreds of steps would go into making them
-# louder (2.04). The tables get the same spread, which makes each of their rows a vector of length 1: token
-# and position weigh the same in their sum, and the first logits, dot products with such rows, are about as
-# large as 1, so that no character is preferred by much. Layers that write to the residual stream start
-# smaller, divided by the square root of twice `n_layer`, as in GPT-2: each block writes twice, and so the
-# stream does not grow with the number of blocks.
+# louder (2.04). The tables get the same spread, which makes each of their rows a vector of length 1 (the
+# square root of the sum of its squares): token and position weigh the same in their sum, and the first
+# logits, dot products with such rows, are about as large as 1, so that no character is preferred by much.
+# Layers that write to the residual stream start smaller, divided by the square root of twice `n_layer`, as
+# in GPT-2: each block writes twice, and so the stream does not grow with the number of blocks.
 #
 # One more thing need not start at random. A character is best predicted by the few just before it, so a
 # model of text must first learn to look there. That is hard to find: token and position are added, so
-# whatever a query asks about a place picks up something of the character too; and in a random table
-# nothing says which position comes just before which. So we give the heads a *head start*, in three moves,
-# and training may change all of it:
+# whatever a query asks about a place picks up something of the character too; and in a random table nothing
+# says which position comes just before which. So we give the heads a *head start*; training may change all
+# of it. First, three preparations:
 #
 #     - *what* and *where* get channels of their own: a token's vector starts as 0 in the last quarter of the
 #       channels, a position's in all others;
@@ -505,11 +506,11 @@ class Block(nn.Module):
 #
 # So where a head makes its keys from the hands, we can set its query to the key that it would make with all
 # hands turned back by d positions. Normalization aside, the query at p then equals the key at p - d, and a
-# vector's dot product with itself is larger than with others of about its length. So head 1 of the first
-# block starts by looking one character back, head 2 two, and so on: nearly all of their shares go there.
-# (Only half, once a place C / 2 further back exists, where all hands stand the same again. Paces that avoid
-# this gave no lower loss.) In higher blocks the channels have been mixed, and heads start at random. The
-# loss without all this: 2.27.
+# vector's dot product with itself is larger than with others of about its length. Keys and queries are also
+# made three times as large, and scores so nine times. Hence head 1 of the first block starts by looking one
+# character back, head 2 two, and so on: nearly all of their shares go there. (Only half, once a place C / 2
+# further back exists, where all hands stand the same again. Paces that avoid this gave no lower loss.) In
+# higher blocks the channels have been mixed, and heads start at random. The loss without all this: 2.27.
 
 
 class GPT(nn.Module):
@@ -545,9 +546,9 @@ class GPT(nn.Module):
         C, n_head = self.config.n_embd, self.config.n_head
         hands = C // 8
         where = C - 2 * hands  # the position's channels begin here: sines first, then cosines
-        # Each hand's turn in one position, from nearly nothing to nearly half a circle. Spread like this, any
-        # two positions have a dot product of 0, except that all hands are opposite C / 4 apart, and the same
-        # C / 2 apart.
+        # Each hand's turn in one position, from nearly nothing to nearly half a circle. Spread like this, the
+        # dot product of two positions is 0, unless they are C / 4 apart, where all hands point the opposite
+        # way, or C / 2, where all point the same way.
         pace = math.pi * (torch.arange(hands) + 0.5) / hands  # (hands,)
         angle = torch.arange(self.config.block_size)[:, None] * pace  # (T, 1) * (hands,) -> (T, hands)
         self.wte.weight[:, where:] = 0
@@ -656,13 +657,13 @@ def learning_rate(step, config):
 # batches differ and single ones mislead. For each parameter it keeps two running means, of the gradient and
 # of its square. In each step the first keeps 0.9 of its old value and takes a tenth of the new gradient, and
 # so looks back on about 10 steps; the second keeps `beta2` = 0.99 and looks back on about 100 (PyTorch's
-# 0.999, for longer runs, does as well; both means are corrected for having started at 0, which makes the
-# first few too small). The parameter moves by the learning rate times the first divided by the square root
-# of the second (plus a hundred-millionth, `eps`, lest it divide by 0). That quotient is near 1 or -1 while
-# the gradients agree and near 0 while they cancel, whether they are large or tiny; plain gradient descent
-# would need a rate of its own for each kind of layer (with one rate for all, the best of four tried, and
-# without decay: 1.95). In its first step, a gradient of 100 and one of 0.001 move their parameters equally
-# far:
+# default of 0.999 looks back on 1,000, which suits longer runs; here it does as well). Both means are
+# corrected for having started at 0, which makes the first few too small. The parameter moves by the learning
+# rate times the first divided by the square root of the second (plus a hundred-millionth, `eps`, lest it
+# divide by 0). That quotient is near 1 or -1 while the gradients agree and near 0 while they cancel, whether
+# they are large or tiny; plain gradient descent would need a rate of its own for each kind of layer (with
+# one rate for all, the best of four tried, and without decay: 1.95). In its first step, a gradient of 100
+# and one of 0.001 move their parameters equally far:
 #
 # >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
 # >>> weight.grad = torch.tensor([100.0, 0.001])
@@ -747,8 +748,9 @@ def sum_over_processes(number, device):
 # whole held-out text into windows and take the mean over every character. (The first characters of a window
 # have little to look back on, so the number is a little higher than what the model can do.) While it falls
 # together with the training loss, the model is learning the language; when the training loss goes on falling
-# and this one turns and rises, it is learning the text by heart: *overfitting*. (Small ends its run at 1.19
-# and 1.57. Against it help more text, weight decay, dropout, and keeping the best model, not the last.)
+# and this one turns and rises, it is learning the text by heart: *overfitting*. (Small ends with a training
+# loss of 1.19 and a held-out loss of 1.57: much of what it knows, it knows by heart. What helps are more
+# text, weight decay, dropout, and keeping the best model, not the last.)
 
 
 @torch.inference_mode()  # no_grad in its quickest form, for results that are never learned from
@@ -791,12 +793,12 @@ def evaluate(model, tokens):
 #     more text: 2,500 steps                                        1.69
 #
 # Three of these cost nothing but a thought and gain most: how large the weights start, how far the steps go,
-# where the heads look first. (In a run of 500 steps the head start gains 0.40: 1.87 instead of 2.27.) The
-# schedule gains nothing here, but it suits any number of steps; decay and smaller batches gain next to
-# nothing, longer contexts a little, and the rest is patience. To spend the same computation on a larger
-# model instead, and so on fewer steps, loses: with the usual recipe, four layers come to 2.10 in half the
-# steps and a width of 256 to 2.05 in a quarter of them, against 1.90. Eight heads instead of four change
-# nothing.
+# where the heads look first. (In a run of 500 steps the head start gains 0.40: 1.87 instead of 2.27.) Our
+# schedule gains nothing over the usual one, which also rises and falls, but it suits any number of steps;
+# decay and smaller batches gain next to nothing, longer contexts a little, and the rest is patience. To
+# spend the same computation on a larger model instead, and so on fewer steps, loses: with the usual recipe,
+# four layers come to 2.10 in half the steps and a width of 256 to 2.05 in a quarter of them, against 1.90.
+# Eight heads instead of four change nothing.
 #
 # As for time: nanoGPT's model for a CPU has four layers and trains for 2,000 steps, twice the work of the
 # first line. Written as a plain script, it ended at 1.90 as well, after 75 seconds on two cores. Ours, given
@@ -916,8 +918,8 @@ def probabilities(logits, temperature=1.0, top_k=0):
 # already holds.
 #
 # When the context is full there is no place left: positions are rows of a table, and the table has an end.
-# Then we keep the later half of the text, send that through afresh as if it had just begun, and go on; so
-# the text can be of any length and the memory stays the same.
+# Then we keep the later half of the context, send that through afresh as if the text had just begun, and go
+# on; so the text can be of any length and the memory stays the same.
 
 
 @contextlib.contextmanager
@@ -982,8 +984,8 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # >>> print(f"{6 * 420_000 * (8 * 128) / 0.1e12:.3f} seconds")
 # 0.026 seconds
 #
-# (It took 0.028 on two cores.) And the whole training of medium, there, and at 22 and 330 trillion
-# operations (a third of what Colab's T4 and an H100 can do at best):
+# (It took 0.028 on two cores.) And the whole training of medium, on that laptop, and at 22 and 330 trillion
+# operations a second (a third of what Colab's T4 and an H100 can do at best):
 #
 # >>> operations = 6 * 10.8e6 * (16 * 256) * 6000  # parameters, characters a step, steps
 # >>> [f"{operations / each_second / 60:,.1f} minutes" for each_second in (0.1e12, 22e12, 330e12)]
@@ -1241,7 +1243,7 @@ def settings_for(given, unfinished):
         start = read_checkpoint(given["init_from"])
         config = Config(**start["config"])
         # Gentler than from nothing, lest it forget: a quarter of the rate for its width, and an eighth of the
-        # steps, rounded up.
+        # default's steps, with looks as much closer together, both rounded up.
         gentle = {"lr": Config.lr / 4 * Config.n_embd / config.n_embd, "warmup": None}
         gentle |= {name: getattr(Config, name) // 8 + 1 for name in ("steps", "eval_every")}
         return replace(config, **(gentle | chosen)), start
@@ -1250,8 +1252,8 @@ def settings_for(given, unfinished):
     return Config(**{**SIZES[size], **chosen}), None
 
 
-# *Before a run*, everything that can be wrong is checked, before a model is written: a mistake that comes to
-# light only after a night of training, or after the old model has been written over, is the worst kind.
+# *Before a run* writes anything, all that can be wrong is checked: a mistake that comes to light only after
+# a night of training, or after the old model has been written over, is the worst kind.
 
 
 def prepare(given, out, unfinished):
@@ -1403,7 +1405,7 @@ def run(given, how):
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # how GPUs talk, and how CPUs
         atexit.register(dist.destroy_process_group)
-        atexit.register(gc.collect)  # before it: what is let go of here could keep the group's threads alive
+        atexit.register(gc.collect)  # which comes first, and frees what would keep the group's threads going
     resumed = start if "resume" in given else None
     history = resumed["history"] if resumed else {"training": [], "held_out": []}
     origin = {"history": history, "data": str(path), "text": fingerprint(text.encode())}
