@@ -65,6 +65,7 @@ import sys
 import time
 import urllib.request
 import warnings
+import zipfile
 from array import array
 from collections import Counter
 from collections.abc import Callable
@@ -1127,9 +1128,10 @@ def read_checkpoint(path, otherwise="train a model first: python gpt.py"):
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}: {otherwise}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of files that are not its own; we refuse them
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        # The format is a zip archive, which has a checksum of each of its parts.
+        require(zipfile.ZipFile(path).testzip() is None, "it was damaged")
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        require(isinstance(found, dict), "something else")
         config, tensors = Config(**found["config"]), list(found["model"].values())
         require(len(tensors) == 12 * config.n_layer + 4, "wrong number of weights")  # 12 in each block
         require(len(set(found["characters"])) == config.vocab_size, "wrong number of characters")
@@ -1141,7 +1143,7 @@ def read_checkpoint(path, otherwise="train a model first: python gpt.py"):
         require(finite, "numbers that are not finite")
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise Mistake(f"{path} is not a whole model of gpt.py ({reason})") from None
+        raise Mistake(f"{path} is not a whole model of gpt.py ({reason}): take another file") from None
     return found
 
 
@@ -1166,7 +1168,7 @@ def draw(path, history, marks):
     axes.plot(*zip(*history["held_out"]), marker="o", label="held out")
     for (name, loss), style in zip(marks.items(), (":", "-.", "--")):
         axes.axhline(loss, color="gray", linestyle=style, label=f"{name}: {loss:.2f}")
-    axes.legend()
+    axes.legend(framealpha=1)
     buffer, kind = io.BytesIO(), Path(path).suffix[1:] or "png"
     kinds = figure.canvas.get_supported_filetypes()
     require(kind in kinds, f"--plot can't draw {path}: it can end in .{', .'.join(kinds)}")
@@ -1235,7 +1237,8 @@ def settings_for(given, unfinished):
         whole = start.keys() >= {"step", "optimizer", "scaler", "history", "data", "text"}
         require(whole, f"{unfinished} is a model, not a run to resume")
         config = replace(Config(**start["config"]), **chosen)
-        require(config.steps >= start["step"], f"the run has done {start['step']} --steps already")
+        done, finished = start["step"], start["step"] == start["config"]["steps"] == config.steps
+        require(finished or config.steps > done, f"the run has done {done} --steps already: give more")
         return config, start
     if "init_from" in given:
         fixed = {"size", "n_layer", "n_head", "n_embd", "block_size", "init_std", "head_start"}
@@ -1263,7 +1266,7 @@ def prepare(given, out, unfinished):
     """
     config, start = settings_for(given, unfinished)
     resumed = start if "resume" in given else {}
-    path = Path(given.get("data") or resumed.get("data") or find_text())
+    path = Path(given["data"] if "data" in given else resumed.get("data") or find_text())
     text, T, processes = read_text(path), config.block_size, place_among_processes()[1]
     # With so many characters, the held-out tenth is one window and its targets.
     require(len(text) > 10 * T, f"{path} has {len(text)} characters: a context of {T} needs {10 * T + 1}")
@@ -1271,10 +1274,15 @@ def prepare(given, out, unfinished):
     require(same, f"{path} is not the text that the run in {unfinished} began with")
     lost = resumed and resumed["history"]["held_out"] and not out.exists()
     require(not lost, f"there is no {out}, the best model so far of the run in {unfinished}: put it back")
-    overwritten = path.resolve() in (out.resolve(), unfinished.resolve())
-    require(not overwritten, f"--out {out} would overwrite the text")
+    plot = [Path(given["plot"])] if "plot" in given else []
+    for file in (out, unfinished, *plot):
+        require(file.is_file() or not file.exists(), f"{file} is a directory or a device: name a file")
+    in_use = [Path(name).resolve() for name in (path, out, unfinished, given.get("init_from", path))]
+    require(in_use[0] not in in_use[1:3], f"--out {out} would overwrite the text")
+    require(not plot or plot[0].resolve() not in in_use, "--plot would overwrite the text or a model")
     tokenizer = CharTokenizer(start["characters"]) if start else CharTokenizer.from_text(text)
-    unseen = Counter(c for c in (text if start else "") if c not in tokenizer.token_of)
+    occurring = Counter(text if "init_from" in given else "")
+    unseen = Counter({c: n for c, n in occurring.items() if c not in tokenizer.characters})
     counts = ", ".join(f"{c!r} ({n} times)" for c, n in unseen.most_common(20))
     require(not unseen, f"{path} has {len(unseen)} characters that the trained model never saw: {counts}")
     uneven = f"--batch-size {config.batch_size} can't be shared out evenly among {processes} processes"
@@ -1465,7 +1473,8 @@ def remedy(error):
     if kind is MemoryError or any(
         f"{what} memory" in reason for what in ("out of", "allocate", "not enough")
     ):
-        return "out of memory: lower --batch-size, --block-size or --n-embd, or take a smaller --size"
+        shrink = "lower --batch-size, --block-size or --n-embd, or take a smaller --size"
+        return f"out of memory: {shrink} (or a text of fewer different characters)"
     if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile does not work here ({reason}); give --no-compile instead"
     if kind.__name__.startswith("Dist") or "gloo" in reason:  # how PyTorch tells of a connection that broke

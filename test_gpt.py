@@ -635,6 +635,13 @@ def test_a_file_that_is_not_a_whole_model_is_refused(tmp_path):
     for broken in wrong:
         torch.save(broken, bad)
         others.append(bad.read_bytes())
+    torch.save(torch.zeros(3), bad)
+    others.append(bad.read_bytes())
+    weights = bytes(gpt.GPT(SMALL).h[1].mlp.c_fc.weight.detach().view(torch.uint8).flatten().tolist())
+    place = content.index(weights) + 1000
+    others.append(
+        content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    )  # one bit, fallen over
     for content in cuts + others:
         bad.write_bytes(content)
         with pytest.raises(ValueError, match="bad.pt is not a whole model") as error:
@@ -806,6 +813,12 @@ BAD_INPUT = """
 --out .                                             | directory
 --out ''                                            | directory
 --out input.txt                                     | overwrite
+--out device                                        | a device
+--plot device                                       | a device
+--plot input.txt                                    | overwrite
+--plot a.png --out a.png                            | overwrite
+--plot small.pt --init-from small.pt                | overwrite
+--data ''                                           | directory
 --frobnicate                                        | --frobnicate
 --size                                              | --size
 --length 0                                          | --length
@@ -815,6 +828,7 @@ BAD_INPUT = """
 --resume --out small.pt --lr 0.1                    | --lr
 --resume --out small.pt --data other.txt            | not the text
 --resume --out small.pt --steps 1                   | --steps
+--resume --out stopped.pt --steps 1                 | give more
 --resume --out cut.pt                               | cut.resume.pt
 --resume --out odd.pt                               | wrong shapes of the optimizer
 --resume --out done.pt                              | not a run to resume
@@ -853,6 +867,10 @@ def folder_of_traps(tmp_path_factory):
     gpt.main([*SMALL_FLAGS, *where, "--steps", "2"])
     for name in ("pt", "resume.pt"):
         (folder / f"cut.{name}").write_bytes((folder / f"small.{name}").read_bytes()[:5000])
+    (folder / "device").symlink_to(os.devnull)
+    stopped = torch.load(folder / "small.resume.pt", weights_only=True)
+    torch.save(stopped | {"step": 1}, folder / "stopped.resume.pt")
+    (folder / "stopped.pt").write_bytes((folder / "small.pt").read_bytes())
     (folder / "done.resume.pt").write_bytes((folder / "small.pt").read_bytes())
     (folder / "lost.resume.pt").write_bytes((folder / "small.resume.pt").read_bytes())
     state = torch.load(folder / "small.resume.pt", weights_only=True)
