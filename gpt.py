@@ -1470,9 +1470,8 @@ def remedy(error):
     reason, kind = (str(error).splitlines() or [""])[0][:150], type(error)
     if kind is FloatingPointError:
         return reason
-    if kind is MemoryError or any(
-        f"{what} memory" in reason for what in ("out of", "allocate", "not enough")
-    ):
+    full = ("out of memory", "allocate memory", "not enough memory")
+    if kind is MemoryError or any(words in reason for words in full):
         shrink = "lower --batch-size, --block-size or --n-embd, or take a smaller --size"
         return f"out of memory: {shrink} (or a text of fewer different characters)"
     if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
