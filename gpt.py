@@ -5,7 +5,7 @@
 """
 This file is a complete language model: GPT-2's architecture, trained from nothing on the characters of
 Shakespeare, until it writes plays of its own. PyTorch does the arithmetic, the gradients and the optimizer;
-all else is on this page.
+all else is on this page, and so is what these three are.
 
 The same architecture can be trained badly or well, and most of what makes a model of this size good is how
 it is trained. On a CPU, this one becomes as good as the usual tutorial's (nanoGPT's) in a fraction of the
@@ -37,7 +37,8 @@ tensors, before and after, and the letters always mean the same:
 Two habits of PyTorch save many loops. A tensor of numbers can be an index: `table[tokens]` looks up a row
 for each of them. And where a tensor has length 1 in some dimension, or lacks it, its numbers are repeated to
 fit the other tensor's: (B, T, C) + (T, C) adds the same (T, C) to each of the B (*broadcasting*). `view`,
-`permute`, `split` and their like only arrange numbers anew; how, their shapes tell.
+`permute`, `split`, `[None]` and their like only arrange numbers anew, as the shapes beside them tell; the
+dimension -1 is the last; and a name that ends in _, such as `zero_`, changes its tensor in place.
 """
 
 # %% 0. Settings
@@ -215,18 +216,18 @@ class CharTokenizer:
 # really came: its *loss*. (Why a logarithm? A text is as probable as all its characters' probabilities
 # multiplied; logarithms turn the product into a sum. And why not count right guesses? A small improvement
 # would not show.) The mean over a text is the *cross-entropy* (Shannon, 1948), and its unit is the *nat*,
-# 1.44 bits: certain and right costs 0, and each nat more means a probability 2.7 times smaller. An even
-# guess among 65 characters costs
+# 1.44 bits: certain and right costs 0, and each nat more means a probability 2.7 times smaller. Knowing
+# nothing, an even guess among 65 characters costs, in nats for each:
 #
 # >>> round(-math.log(1 / 65), 2)
 # 4.17
 #
-# nats for each character, knowing nothing. Counting alone does better. Score the text by the frequency of
-# each character (spaces and e are cheap, q is costly), then by the frequency of each pair (after q comes u).
-# These three losses, 4.17, 3.37 and 2.53 on `input.txt`, are the *yardsticks* by which we see whether the
-# model is learning at all; tiny ends near 1.69, as if it gave the right character a probability of 0.18 each
-# time. (`input.txt` is ten plays of Shakespeare, 1.3 million characters, and all numbers in this file are
-# about it. Where there is no such file, the program fetches another text, Tiny Shakespeare.)
+# Counting alone does better. Score the text by the frequency of each character (spaces and e are cheap, q is
+# costly), then by the frequency of each pair (after q comes u). These three losses, 4.17, 3.37 and 2.53 on
+# `input.txt`, are the *yardsticks* by which we see whether the model is learning at all; tiny ends near
+# 1.69, as if it gave the right character a probability of 0.18 each time. (`input.txt` is ten plays of
+# Shakespeare, 1.3 million characters, and all numbers in this file are about it. Where there is no such
+# file, the program fetches another text, Tiny Shakespeare.)
 #
 # One rule matters: never test on what you have trained on, since knowing by heart is not knowing. We count,
 # and later train, on the first nine tenths of the text only; the last tenth is *held out*, for measuring.
@@ -278,16 +279,16 @@ def yardsticks(training, held_out, vocab_size):
 #     key    what this position has to offer those who look
 #     value  what it hands over when it is looked at
 #
-# (With one vector for all three, each position would look mostly at itself and its like.) A position's query
-# is multiplied by the key of another, number by number, and the products are summed (the *dot product*):
-# that is the *score* which the first gives the second, large where the two fit. *Softmax* (Bridle, 1990)
-# turns the scores that a position gives into shares: e to the power of each, divided by their sum, so that
-# all are positive and add up to 1. The result is the mean of the values, weighted by these shares. One thing
+# A position's query is multiplied by the key of another, number by number, and the products are summed (the
+# *dot product*): that is the *score* which the first gives the second, large where the two fit. *Softmax*
+# (Bridle, 1990) turns the scores that a position gives into shares: e to the power of each, divided by their
+# sum, so that all are positive and add up to 1. The result is the mean of the values, weighted by these
+# shares. (With one vector for all three, a position would fit itself best, and look mostly there.) One thing
 # more: a dot product is a sum, of as many products as the vectors have numbers (`head_size`, 32 in tiny),
-# some positive and some negative, and by chance alone such a sum is about as large as the square root of the
-# number of its terms: of a hundred tosses of a coin, one side leads by about ten. Softmax would give nearly
-# all of the share to whichever score chance has made the largest, before anything has been learned; so
-# scores are first divided by that root. (In the code `@` multiplies tables, *matrices*: it makes the dot
+# some positive and some negative, and by chance alone such a sum, of terms of about 1, is as large as the
+# square root of their number: of a hundred tosses of a coin, one side leads by about ten. Softmax would give
+# nearly all of the share to whichever score chance has made the largest, before anything has been learned;
+# so scores are first divided by that root. (In the code `@` multiplies tables, *matrices*: it makes the dot
 # product of each row of the first with each column of the second. Hence the `transpose`; and `shares @
 # value` makes the weighted means.)
 #
@@ -295,9 +296,9 @@ def yardsticks(training, held_out, vocab_size):
 # all of them at once; so a position may look back, never ahead, or it would read its answer instead of
 # guessing. The *causal mask* sets the scores of later positions to minus infinity, so that softmax makes
 # their shares 0. Without it the loss falls to 0.03, and what the model writes is nonsense, because when it
-# writes there is nothing ahead to read. (From here until the recipe in section 7, a number given like this
-# is the held-out loss of tiny, trained for 500 steps, without the part or with the change in question. With
-# all parts it is 1.87; without attention 2.54, no better than counting pairs.)
+# writes there is nothing ahead to read. (This and all such losses, as far as the recipe in section 7, are
+# tiny's on the held-out text after 500 steps, without the part or with the change in question; one run each,
+# so 0.03 may be chance. With all parts it is 1.87; without attention 2.54, no better than counting pairs.)
 
 
 def attention_by_hand(query, key, value):
@@ -337,8 +338,8 @@ def attention_by_hand(query, key, value):
 # remembers.) One linear layer makes query, key and value in one go. We do not attend once but `n_head` times
 # side by side, each *head* with its own slice of query, key and value, so that one can watch the last letter
 # while another watches the speaker's name: `head_size` is C / n_head. (With one head: 2.07.) A last linear
-# layer mixes what the heads have found. The names are those of GPT-2's own files: `c_attn` makes query, key
-# and value; `c_proj` ("projection") mixes the heads.
+# layer mixes what the heads have found. The names, `c_` and all, are those of GPT-2's own files: `c_attn`
+# makes query, key and value; `c_proj` ("projection") mixes the heads.
 #
 # *Dropout* (Srivastava et al., 2014) sets a random share of a layer's outputs to 0, in training only, and
 # enlarges the rest to make up for it. Since no part can then rely on a few others, the text is harder to
@@ -398,9 +399,9 @@ class Attention(nn.Module):
 # function*), a linear layer back. Without the bend two linear layers would be no more than one, since a
 # weighted sum of weighted sums is again a weighted sum (loss without: 2.13). GPT-2 bends with *GELU*
 # (Hendrycks and Gimpel, 2016; GPT-2's code approximated it): each number x is multiplied by the probability
-# that a number drawn from the bell curve with mean 0 and *standard deviation* (the typical distance from the
-# mean) 1 is smaller than x. Large numbers pass, strongly negative ones become 0, and in between it is smooth
-# (the simpler bend max(0, x) comes to 1.89):
+# that a number drawn at random is smaller than x, from the bell curve whose mean is 0 and whose *standard
+# deviation* (the typical distance from the mean) is 1. Large numbers pass, strongly negative ones become 0,
+# and in between it is smooth (the simpler bend max(0, x) comes to 1.89):
 #
 # >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
 # tensor([-0.0000, -0.1600,  0.0000,  0.8400,  3.0000])
@@ -505,13 +506,14 @@ class Block(nn.Module):
 #       the cosine of the hand's angle. (The first transformer had such waves, never trained.) Going back one
 #       position then turns each hand by its own fixed angle, wherever one is.
 #
-# So where a head makes its keys from the hands, we can set its query to the key that it would make with all
-# hands turned back by d positions. Normalization aside, the query at p then equals the key at p - d, and a
-# vector's dot product with itself is larger than with others of about its length. Keys and queries are also
-# made three times as large, and scores so nine times. Hence head 1 of the first block starts by looking one
-# character back, head 2 two, and so on: nearly all of their shares go there. (Only half, once a place C / 2
-# further back exists, where all hands stand the same again. Paces that avoid this gave no lower loss.) In
-# higher blocks the channels have been mixed, and heads start at random. The loss without all this: 2.27.
+# So a head's query at position p can be made the same vector as its key at p - d: turn all hands back by d
+# positions, then go on as for a key. A vector's dot product with itself is larger than with others of about
+# its length (normalization aside), so the head's highest score goes to the character d back. And with keys,
+# and so queries, three times as large, scores are nine times as large, and softmax puts nearly all of the
+# share there. Head 1 of the first block starts by looking one character back like this, head 2 two, and so
+# on. (Only half of the share, once a place C / 2 further back exists, where all hands stand the same again.
+# Paces that avoid this gave no lower loss.) In higher blocks the channels have been mixed, and heads start
+# at random. The loss without all this: 2.27.
 
 
 class GPT(nn.Module):
@@ -527,7 +529,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(C, eps=1e-5)  # "final"
         self.set_initial_weights()
 
-    @torch.no_grad()  # nothing is being learned yet, so PyTorch need not keep account of it
+    @torch.no_grad()  # nothing is learned from this, so PyTorch need keep no record of it
     def set_initial_weights(self):
         """Random matrices of the right size, biases at 0; the scales of layer normalization stay at 1."""
         config, chance = self.config, torch.Generator().manual_seed(self.config.seed)  # see section 6
@@ -618,9 +620,11 @@ def get_batch(tokens, batch_size, block_size, seed, step):
 # %% 7. Training
 # The model starts knowing nothing of the text. Each step of training takes one batch and asks of each
 # parameter: if it were a little larger, how much would the loss rise or fall? These numbers are the
-# *gradient*, and PyTorch works them out backwards from the loss through everything that led to it (Rumelhart
-# et al., 1986): `loss.backward()` adds each to its parameter's `.grad`. With one parameter of 3, and a loss
-# that wants it to be 1:
+# *gradient*, and PyTorch works them out backwards, from the loss through everything that led to it (Rumelhart
+# et al., 1986). Each layer is told how the loss depends on what it gave out; it works out how the loss then
+# depends on its parameters, and on what it was given, and passes the latter on to the layer before.
+# `loss.backward()` does all this and adds each number to its parameter's `.grad`. With one parameter of 3,
+# and a loss that wants it to be 1:
 #
 # >>> weight = nn.Parameter(torch.tensor(3.0))
 # >>> loss = (weight - 1) ** 2  # 4
@@ -631,10 +635,10 @@ def get_batch(tokens, batch_size, block_size, seed, step):
 # The *optimizer* finds the gradient there and moves each parameter a little the other way. That is all; what
 # remains is how far to move, in which direction exactly, and how to judge the result.
 #
-# *The learning rate* is how far. Too small wastes time, too large throws away what was learned; what is
-# right is, after a short run-up, large early and small at the end. *Warm-up* (Goyal et al., 2017): over the
-# first steps it rises from almost 0, since the optimizer (below) goes by the mean of many gradients and has
-# seen few: it would move every parameter the whole distance on the word of one batch. *Cosine decay*
+# *The learning rate* is how far. Too small wastes time, too large throws away what was learned; the best
+# rate, after a short run-up, is large early and small at the end. *Warm-up* (Goyal et al., 2017): over the
+# first steps it rises from almost 0, because the optimizer (below) goes by the mean of many gradients, and
+# as long as it has seen one or two it would move everything the whole distance on their word. *Cosine decay*
 # (Loshchilov and Hutter, 2017): from the peak it falls along half a cosine wave, first slowly, then fast,
 # then gently to its end. Large steps find the region, small ones the lowest point in it; a run that stays at
 # the peak keeps jumping about that point and ends higher (1.92).
@@ -658,13 +662,13 @@ def learning_rate(step, config):
 # batches differ and single ones mislead. For each parameter it keeps two running means, of the gradient and
 # of its square. In each step the first keeps 0.9 of its old value and takes a tenth of the new gradient, and
 # so looks back on about 10 steps; the second keeps `beta2` = 0.99 and looks back on about 100 (PyTorch's
-# default of 0.999 looks back on 1,000, which suits longer runs; here it does as well). Both means are
-# corrected for having started at 0, which makes the first few too small. The parameter moves by the learning
-# rate times the first divided by the square root of the second (plus a hundred-millionth, `eps`, lest it
-# divide by 0). That quotient is near 1 or -1 while the gradients agree and near 0 while they cancel, whether
-# they are large or tiny; plain gradient descent would need a rate of its own for each kind of layer (with
-# one rate for all, the best of four tried, and without decay: 1.95). In its first step, a gradient of 100
-# and one of 0.001 move their parameters equally far:
+# default of 0.999 looks back on 1,000, which suits longer runs; here it is no better). Both means start at
+# 0, so the first few would be too small, which is corrected. The parameter moves by the learning rate times
+# the first divided by the square root of the second (plus a hundred-millionth, `eps`, lest it divide by 0).
+# That quotient is near 1 or -1 while the gradients agree and near 0 while they cancel, whether they are
+# large or tiny; plain gradient descent would need a rate of its own for each kind of layer (with one rate
+# for all, the best of four tried, and without decay: 1.95). In its first step, a gradient of 100 and one of
+# 0.001 move their parameters equally far:
 #
 # >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
 # >>> weight.grad = torch.tensor([100.0, 0.001])
@@ -776,12 +780,12 @@ def evaluate(model, tokens):
     return sum_over_processes(total, device) / questions
 
 
-# These settings together are the *recipe*, and the recipe is what makes this file fast. Here is what each
-# part of it is worth to tiny. We begin with the usual recipe, as nanoGPT (Karpathy, 2022) has it for a CPU
-# (weights at 0.02, 2,000 steps of 12 stretches of 64 characters, a rate that climbs to 1e-3 in 100 steps and
-# falls to a tenth of it, weight decay 0.1), and change one thing a line, keeping those above. All lines but
-# the last read 1.5 million characters. Held-out loss, median of three seeds; 0.01 either way is chance. The
-# README has the commands.
+# The settings of training together are the *recipe*, and the recipe is what makes this file fast. Here is
+# what each part of it is worth to tiny. We begin with the usual recipe, as nanoGPT (Karpathy, 2022) has it
+# for a CPU (weights at 0.02, 2,000 steps of 12 stretches of 64 characters, a rate that climbs to 1e-3 in 100
+# steps and falls to a tenth of it, weight decay 0.1), and change one thing a line, keeping those above. All
+# lines but the last read 1.5 million characters. Held-out loss, median of three seeds: a difference of 0.01
+# may be chance. The README has the commands.
 #
 #     the usual recipe                                              1.90
 #     initial weights of 1 / sqrt(C)                                1.84
@@ -794,12 +798,11 @@ def evaluate(model, tokens):
 #     more text: 2,500 steps                                        1.69
 #
 # Three of these cost nothing but a thought and gain most: how large the weights start, how far the steps go,
-# where the heads look first. (In a run of 500 steps the head start gains 0.40: 1.87 instead of 2.27.) Our
-# schedule gains nothing over the usual one, which also rises and falls, but it suits any number of steps;
-# decay and smaller batches gain next to nothing, longer contexts a little, and the rest is patience. To
-# spend the same computation on a larger model instead, and so on fewer steps, loses: with the usual recipe,
-# four layers come to 2.10 in half the steps and a width of 256 to 2.05 in a quarter of them, against 1.90.
-# Eight heads instead of four change nothing.
+# where the heads look first. (In a run of 500 steps the head start gains 0.40.) Our schedule gains nothing
+# over the usual one, which also rises and falls, but it suits any number of steps; decay and smaller batches
+# gain next to nothing, longer contexts a little, and the rest is patience. The same computation spent on a
+# larger model, in fewer steps, gives less: with the usual recipe, four layers come to 2.10 in half the steps
+# and a width of 256 to 2.05 in a quarter of them, against 1.90. Eight heads instead of four change nothing.
 #
 # As for time: nanoGPT's model for a CPU has four layers and trains for 2,000 steps, twice the work of the
 # first line. Written as a plain script, it ended at 1.90 as well, after 75 seconds on two cores. Ours, given
@@ -807,11 +810,11 @@ def evaluate(model, tokens):
 # make cheap steps, and in a short run the rate can be higher).
 #
 # The other sizes follow from tiny. The wider the model, the smaller its learning rate, about in inverse
-# proportion: what a layer gives out is a sum over its width, and while random weights partly cancel in it,
-# the changes that a step makes to them all pull the same way (Yang et al., 2022). A step shrinks each weight
-# by the rate times the decay; so that learning by heart is held back as much as in tiny, the decay of small
-# and medium rises as their rate falls. Medium, which reads our text some twenty times, gets dropout; tiny
-# and small, which read it two and seven times, are better off without.
+# proportion: what a layer gives out is a sum over its width, in which random weights partly cancel; but a
+# step changes all of them so as to move that sum one way, and such changes add up (Yang et al., 2022). So
+# that learning by heart is held back as much as in tiny, the decay of small and medium rises as their rate
+# falls (a step shrinks each weight by the product of the two). Medium, which reads our text some twenty
+# times, gets dropout; tiny and small, which read it two and seven times, are better off without.
 
 
 @dataclass
@@ -919,7 +922,8 @@ def probabilities(logits, temperature=1.0, top_k=0):
 # already holds.
 #
 # When the context is full there is no place left: positions are rows of a table, and the table has an end.
-# Then we keep the later half of the context, send that through afresh as if the text had just begun, and go
+# Keys and values depend on their position, so to drop even one character is to work out all others anew.
+# Hence we drop the earlier half at once, send the later through afresh as if the text had just begun, and go
 # on; so the text can be of any length and the memory stays the same.
 
 
@@ -1246,7 +1250,7 @@ def settings_for(given, unfinished):
         start = read_checkpoint(given["init_from"])
         config = Config(**start["config"])
         # Gentler than from nothing, lest it forget: a quarter of the rate for its width, and an eighth of the
-        # default's steps, with looks as much closer together, both rounded up.
+        # default's steps, and of the steps between two looks, both rounded up.
         gentle = {"lr": Config.lr / 4 * Config.n_embd / config.n_embd, "warmup": None}
         gentle |= {name: getattr(Config, name) // 8 + 1 for name in ("steps", "eval_every")}
         return replace(config, **(gentle | chosen)), start
