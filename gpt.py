@@ -853,9 +853,9 @@ def train(model, training, held_out, state=None):
         parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
         return {"step": steps} | {name: part.state_dict() for name, part in parts.items()}
 
-    model.train()
     for step in range(start, config.steps):
         began = time.perf_counter()
+        model.train()  # with dropout, whatever was done with the model since the last step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         torch.manual_seed(seed_of(config.seed, step * processes + rank))  # dropout's dice
@@ -928,13 +928,21 @@ def probabilities(logits, temperature=1.0, top_k=0):
 
 
 @contextlib.contextmanager
-def without_onednn():
-    """Without oneDNN (mkldnn), PyTorch's helper on CPUs: it wakes every core even for a single GELU."""
-    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+def ready_to_write(model):
+    """In this `with`, the model has no dropout, and PyTorch does without oneDNN ("mkldnn").
+
+    (That is its helper on CPUs, which wakes every core even for a single GELU.)
+    """
+    training, onednn = model.training, torch.backends.mkldnn.enabled
+    if training:
+        model.eval()
+    torch.backends.mkldnn.enabled = False
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        torch.backends.mkldnn.enabled = onednn
+        if training:
+            model.train()
 
 
 def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, seed=1337):
@@ -945,7 +953,7 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
     own random numbers as they were. Raises ValueError for unknown characters in the prompt and for a length,
     temperature or top_k that makes no sense.
     """
-    config, device = model.config, model.wte.weight.device
+    config = model.config
     require(length >= 1, f"--length must be at least 1, not {length}")
     require(0 <= temperature < math.inf, f"--temperature must be a number from 0 up, not {temperature}")
     require(0 <= top_k <= config.vocab_size, f"--top-k must be from 0 to {config.vocab_size}, not {top_k}")
@@ -956,25 +964,20 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
     def characters():  # apart, so that what is wrong shows at the call and not at the first character
         chance = random.Random(seed)
         context, done = text[-config.block_size :], 0  # done: how much of the context is in the cache
-        head_size = config.n_embd // config.n_head
         # In each block, keys and values (2) of one text (1): (n_layer, 2, 1, n_head, block_size, head_size)
-        cache = torch.zeros(config.n_layer, 2, 1, config.n_head, config.block_size, head_size, device=device)
-        was_training = model.training
-        model.eval()
-        try:
-            for _ in range(length):
-                if len(context) > config.block_size:
-                    context, done = context[-max(1, config.block_size // 2) :], 0
-                with torch.inference_mode(), without_onednn():
-                    new = torch.tensor([context[done:]], device=device)  # (1, T): mostly T = 1
-                    logits = model(new, cache, done)[0, -1].float().cpu()  # (1, T) -> (V,)
-                chances = probabilities(logits, temperature, top_k).tolist()  # (V,) -> V numbers
-                token = chance.choices(range(len(chances)), chances)[0]
-                done = len(context)
-                context.append(token)
-                yield tokenizer.characters[token]
-        finally:
-            model.train(was_training)
+        shape = config.n_layer, 2, 1, config.n_head, config.block_size, config.n_embd // config.n_head
+        cache = model.wte.weight.new_zeros(shape)  # on the same device
+        for _ in range(length):
+            if len(context) > config.block_size:
+                context, done = context[-max(1, config.block_size // 2) :], 0
+            with torch.inference_mode(), ready_to_write(model):
+                new = torch.tensor([context[done:]], device=cache.device)  # (1, T): mostly T = 1
+                logits = model(new, cache, done)[0, -1].float().cpu()  # (1, T) -> (V,)
+            chances = probabilities(logits, temperature, top_k).tolist()  # (V,) -> V numbers
+            token = chance.choices(range(len(chances)), chances)[0]
+            done = len(context)
+            context.append(token)
+            yield tokenizer.characters[token]
 
     return characters()
 
@@ -1127,7 +1130,7 @@ def save(path, model, tokenizer, more=None):
     write_whole(path, buffer.getvalue())
 
 
-def read_checkpoint(path, otherwise="train a model first: python gpt.py"):
+def read_checkpoint(path, otherwise="train a model first, up to a look: python gpt.py"):
     """What `save` has written, a dict, checked. Raises OSError if not there, ValueError if it is bad."""
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}: {otherwise}")
@@ -1137,7 +1140,7 @@ def read_checkpoint(path, otherwise="train a model first: python gpt.py"):
         found = torch.load(path, map_location="cpu", weights_only=True)
         require(isinstance(found, dict), "something else")
         config, tensors = Config(**found["config"]), list(found["model"].values())
-        require(len(tensors) == 12 * config.n_layer + 4, "wrong number of weights")  # 12 in each block
+        require(len(tensors) > config.n_layer, "too few weights for its layers")
         require(len(set(found["characters"])) == config.vocab_size, "wrong number of characters")
         GPT(config).load_state_dict(found["model"])  # compares all names and shapes
         state = found.get("optimizer", {"state": {}})["state"]  # besides means, it has counts: lone numbers
@@ -1173,7 +1176,7 @@ def draw(path, history, marks):
     for (name, loss), style in zip(marks.items(), (":", "-.", "--")):
         axes.axhline(loss, color="gray", linestyle=style, label=f"{name}: {loss:.2f}")
     axes.legend(framealpha=1)
-    buffer, kind = io.BytesIO(), Path(path).suffix[1:] or "png"
+    buffer, kind = io.BytesIO(), Path(path).suffix[1:].lower() or "png"
     kinds = figure.canvas.get_supported_filetypes()
     require(kind in kinds, f"--plot can't draw {path}: it can end in .{', .'.join(kinds)}")
     figure.savefig(buffer, format=kind)
@@ -1281,6 +1284,7 @@ def prepare(given, out, unfinished):
     plot = [Path(given["plot"])] if "plot" in given else []
     for file in (out, unfinished, *plot):
         require(file.is_file() or not file.exists(), f"{file} is a directory or a device: name a file")
+        require(file.parent.is_dir(), f"can't write {file}: there is no directory {file.parent}")
     in_use = [Path(name).resolve() for name in (path, out, unfinished, given.get("init_from", path))]
     require(in_use[0] not in in_use[1:3], f"--out {out} would overwrite the text")
     require(not plot or plot[0].resolve() not in in_use, "--plot would overwrite the text or a model")
@@ -1310,18 +1314,18 @@ def describe(path, tokens, cut, model):
 
 def set_aside(out, unfinished):
     """A new run keeps what it finds under another name, one that is still free."""
-    for older in (out, unfinished):
-        if older.exists():
-            names = (f"{older}.old{number}" for number in ("", *range(2, 1000)))
-            aside = next(name for name in names if not Path(name).exists())
-            write_whole(aside, older.read_bytes())
-            say(f"{older} was there and is kept as {aside}.")
     with contextlib.suppress(OSError, ValueError, KeyError):  # there may be no earlier run
         earlier = read_checkpoint(unfinished)
         done, steps = earlier["step"], earlier["config"]["steps"]
         if done < steps:
-            say(f"That run stopped at step {done} of {steps}. To go on with it instead, press Ctrl-C,")
-            say("give what was kept its old name back, and use --resume.")
+            say(f"The run in {unfinished} stopped at step {done} of {steps}. To go on with it instead, press")
+            say("Ctrl-C, give the files named below their old names back, and use --resume.")
+    for older in (out, unfinished):
+        if older.exists():
+            names = (f"{older}.old{number}" for number in ("", *range(2, 1000)))
+            aside = next(name for name in names if not Path(name).exists())
+            older.rename(aside)
+            say(f"{older} was there and is kept as {aside}.")
 
 
 # *During a run*, whoever waits wants to know three things: does it learn, how fast, and how much longer
@@ -1377,6 +1381,12 @@ def noting_signals():
             signal.signal(number, handler)
 
 
+def resume_command(given):
+    """What to type to go on with the run of these flags."""
+    same = (f" --{key} {shlex.quote(given[key])}" for key in ("out", "device") if key in given)
+    return "python gpt.py --resume" + "".join(same)
+
+
 def write(prompt, characters):
     """Print the prompt and the characters as they are made: on a terminal each at once, else line by line."""
     print(prompt, end="")
@@ -1428,9 +1438,11 @@ def run(given, how):
 
     if rank == 0 and "plot" in given:
         draw(given["plot"], history, marks)  # so that a mistake shows now and not after the training
-    if rank == 0 and not resumed:  # the run can be resumed from its very first step
+    if rank == 0 and not resumed:
         set_aside(out, unfinished)
-        save_state({"step": 0, "optimizer": make_optimizer(model, config).state_dict(), "scaler": {}})
+    beginning = {"step": 0, "optimizer": make_optimizer(model, config).state_dict(), "scaler": {}}
+    # So the run can be resumed from its very first step, and a new number of --steps is not forgotten.
+    save_state({name: (resumed or beginning)[name] for name in beginning})
 
     best = min((loss for _, loss in history["held_out"]), default=math.inf)
     begun, ahead = len(history["training"]), {name: loss for name, loss in marks.items() if loss < best}
@@ -1453,9 +1465,7 @@ def run(given, how):
                 if "plot" in given:
                     draw(given["plot"], history, marks)
             if stopped and report.step < config.steps:
-                same = (f" --{key} {shlex.quote(given[key])}" for key in ("out", "device") if key in given)
-                command = "python gpt.py --resume" + "".join(same)
-                say(f"\nStopped after step {report.step:,}, and saved. To go on: {command}")
+                say(f"\nStopped after step {report.step:,}, and saved. To go on: {resume_command(given)}")
                 return 128 + (noted or [signal.SIGTERM])[0]
 
     if rank == 0:
@@ -1495,7 +1505,8 @@ def main(argv=""):
     try:
         given = read_flags(argv)
         how = {"prompt": ""} | {name: given[name] for name in {"seed", *WRITING} & given.keys()}
-        how["prompt"] = sys.stdin.read() if how["prompt"] == "-" else how["prompt"]
+        if how["prompt"] == "-":
+            how["prompt"] = sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n")
         if "generate" not in given:
             return run(given, how)
         allowed = {"generate", "out", "device", "seed"} | WRITING
@@ -1513,7 +1524,7 @@ def main(argv=""):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if "generate" in given:
             return None
-        status, trouble = 1, "nobody reads the output any more; to go on: python gpt.py --resume"
+        status, trouble = 1, f"nobody reads the output any more; to go on: {resume_command(given)}"
     except (Mistake, OSError) as error:
         status, trouble = 2, error
     except (FloatingPointError, RuntimeError, MemoryError) as error:

@@ -532,10 +532,29 @@ def test_writing_leaves_everything_as_it_was():
     characters = gpt.generate(model, TOKENIZER, "", 30)
     next(characters)  # between two characters, the rest of the program goes on as usual
     assert torch.is_grad_enabled() and torch.backends.mkldnn.enabled
-    characters.close()  # and whoever reads no further leaves nothing undone
     assert all(part.training for part in model.modules())
     assert torch.equal(before, torch.random.get_rng_state()) and chance == random.getstate()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_two_texts_can_be_written_in_turn_while_the_model_is_trained():
+    config = replace(SMALL, dropout=0.5)
+    (alone, reports), model, losses = trained(config), gpt.GPT(config), []
+    first, second = (gpt.generate(model, TOKENIZER, "A", length) for length in (5, 30))
+    for report in gpt.train(model, TRAINING, SHORT):
+        losses.append(report.loss)
+        next(first, None), next(second)
+        model.eval()
+    assert losses == [report.loss for report in reports] and same(model.state_dict(), alone.state_dict())
+    assert written(model, "A") == written(alone, "A")
+    texts = [gpt.generate(model.train(), TOKENIZER, "A", length, seed=length) for length in (5, 50)]
+    for _ in range(6):
+        next(texts[0], None), next(texts[1])
+    assert "".join(texts[1]) == written(model.eval(), "A", seed=50)[6:]
+
+
+def test_a_model_in_another_number_format_writes():
+    assert len(written(randomized(SMALL).double())) == len(written(randomized(SMALL).bfloat16())) == 50
 
 
 def test_an_empty_prompt_begins_as_after_an_empty_line():
@@ -658,6 +677,20 @@ class Hostile:
         return (open, (str(self.path), "w"))
 
 
+def test_a_model_with_other_weights_than_ours_is_saved_and_loaded(tmp_path, monkeypatch):
+    class TwoTables(gpt.GPT):
+        """What a reader might try: a table of its own for the way out."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    monkeypatch.setattr(gpt, "GPT", TwoTables)
+    model = randomized(SMALL)
+    gpt.save(tmp_path / "gpt.pt", model, TOKENIZER)
+    assert same(gpt.load(tmp_path / "gpt.pt")[0].state_dict(), model.state_dict())
+
+
 def test_a_hostile_file_runs_nothing(tmp_path):
     torch.save({"config": Hostile(tmp_path / "hacked")}, tmp_path / "new.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Hostile(tmp_path / "hacked")))
@@ -670,8 +703,8 @@ def test_a_hostile_file_runs_nothing(tmp_path):
 def test_the_picture_shows_both_losses_and_three_yardsticks(tmp_path):
     pytest.importorskip("matplotlib")
     history = {"training": [4.0, 3.0, 2.0], "held_out": [[3, 2.5]]}
-    figure = gpt.draw(tmp_path / "loss.png", history, {"even": 4.17, "letters": 3.4, "pairs": 2.5})
-    assert len(figure.axes[0].lines) == 5 and (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    figure = gpt.draw(tmp_path / "loss.PNG", history, {"even": 4.17, "letters": 3.4, "pairs": 2.5})
+    assert len(figure.axes[0].lines) == 5 and (tmp_path / "loss.PNG").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_picture_is_drawn_at_the_start_and_at_each_look(in_folder, monkeypatch):
@@ -754,7 +787,7 @@ def test_the_same_seed_writes_the_same_text(in_folder, capsys):
 def test_a_prompt_can_come_from_standard_input(in_folder, capsys, monkeypatch):
     gpt.main([*SMALL_FLAGS, "--steps", "2"])
     capsys.readouterr()
-    monkeypatch.setattr(sys, "stdin", io.StringIO("HAMLET:\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffHAMLET:\r\n"))  # as Windows may write it
     gpt.main(["--generate", "--length", "50", "--prompt", "-"])
     out, err = capsys.readouterr()
     assert out.startswith("HAMLET:\n") and len(out) == 58 and err == ""
@@ -807,7 +840,8 @@ BAD_INPUT = """
 --device cuda:99                                    | cuda:99
 --device cpu --dtype float16                        | float16
 --dtype int8                                        | --dtype
---out nowhere/gpt.pt                                | can't write nowhere
+--out nowhere/gpt.pt --plot loss.png                | no directory nowhere
+--plot nowhere/loss.png                             | no directory nowhere
 --out folder                                        | folder
 --out .                                             | directory
 --out ''                                            | directory
@@ -957,6 +991,15 @@ def test_every_older_model_is_kept(in_folder, capsys):
     assert models[0] != models[1] and "gpt.pt.old2" in capsys.readouterr().out
 
 
+def test_until_its_first_look_a_new_run_has_no_model(in_folder, monkeypatch, capsys):
+    gpt.main([*SMALL_FLAGS, "--steps", "2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt, "noting_signals", lambda: contextlib.nullcontext([signal.SIGTERM]))
+        gpt.main([*SMALL_FLAGS, "--steps", "9"])  # stopped at once
+    assert gpt.main("--generate") == 2 and "no file gpt.pt" in capsys.readouterr().err
+    assert gpt.main("--resume") is None and gpt.main("--generate") is None
+
+
 def test_starting_anew_says_that_an_unfinished_run_was_there(in_folder, capsys):
     gpt.main([*SMALL_FLAGS, "--steps", "3"])
     state = torch.load("gpt.resume.pt", weights_only=True)
@@ -1044,6 +1087,19 @@ def test_a_finished_run_goes_on_when_given_more_steps(in_folder):
     assert gpt.main(["--resume", "--steps", "6"]) is None
     state = torch.load("gpt.resume.pt", weights_only=True)
     assert state["step"] == 6 and len(state["history"]["training"]) == 6
+
+
+def test_a_new_number_of_steps_is_not_forgotten(in_folder, monkeypatch):
+    gpt.main([*SMALL_FLAGS, "--steps", "3"])
+
+    def train(*arguments):
+        raise Cut
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(gpt, "train", train)
+        gpt.main(["--resume", "--steps", "6"])
+    assert gpt.main("--resume") is None
+    assert torch.load("gpt.resume.pt", weights_only=True)["step"] == 6
 
 
 def test_the_best_model_is_kept_and_not_the_last(in_folder, monkeypatch, capsys):
@@ -1199,11 +1255,11 @@ def test_a_closed_pipe_ends_writing_quietly(in_folder):
 
 @only_linux
 def test_a_closed_pipe_ends_training_with_all_of_it_saved(in_folder, uninterrupted):
-    run = Program(*RUN, folder=in_folder)
+    run = Program(*RUN, "--device", "cpu", folder=in_folder)
     run.wait_for("step")
     run.out.close()
     status, _, err = run.end()
-    assert status == 1 and "python gpt.py --resume" in err and err.count("\n") == 1
+    assert status == 1 and "python gpt.py --resume --device cpu" in err and err.count("\n") == 1
     assert torch.load("gpt.resume.pt", weights_only=True)["step"] >= 60  # the look that could not be told
     gpt.main(["--resume", "--length", "40"])
     assert outcome(in_folder) == uninterrupted[0]
