@@ -1130,7 +1130,7 @@ def save(path, model, tokenizer, more=None):
     write_whole(path, buffer.getvalue())
 
 
-def read_checkpoint(path, otherwise="train a model first, up to a look: python gpt.py"):
+def read_checkpoint(path, otherwise="train a model first, to its first look at least: python gpt.py"):
     """What `save` has written, a dict, checked. Raises OSError if not there, ValueError if it is bad."""
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}: {otherwise}")
