@@ -296,9 +296,9 @@ def yardsticks(training, held_out, vocab_size):
 # all of them at once; so a position may look back, never ahead, or it would read its answer instead of
 # guessing. The *causal mask* sets the scores of later positions to minus infinity, so that softmax makes
 # their shares 0. Without it the loss falls to 0.03, and what the model writes is nonsense, because when it
-# writes there is nothing ahead to read. (This and all such losses, as far as the recipe in section 7, are
+# writes there is nothing ahead to read. (This and all such losses, up to the recipe in section 7, are
 # tiny's on the held-out text after 500 steps, without the part or with the change in question; one run each,
-# so 0.03 may be chance. With all parts it is 1.87; without attention 2.54, no better than counting pairs.)
+# give or take 0.03. With all parts it is 1.87; without attention 2.54, no better than counting pairs.)
 
 
 def attention_by_hand(query, key, value):
@@ -319,7 +319,7 @@ def attention_by_hand(query, key, value):
     >>> F.scaled_dot_product_attention(query, key, value, is_causal=True).flatten()
     tensor([8., 6., 3.])
 
-    What has the mask hidden? The last values from the first two. Without it, all get 8/4 + 4/4 + 0/2:
+    What has the mask hidden from the first two? The values after theirs. Without it, all get 8/4 + 4/4 + 0/2:
 
     >>> F.scaled_dot_product_attention(query, key, value).flatten()
     tensor([3., 3., 3.])
@@ -344,8 +344,8 @@ def attention_by_hand(query, key, value):
 # *Dropout* (Srivastava et al., 2014) sets a random share of a layer's outputs to 0, in training only, and
 # enlarges the rest to make up for it. Since no part can then rely on a few others, the text is harder to
 # learn by heart. But learning is slower too, so dropout pays only where a large model sees a small text many
-# times: a dropout of 0.1 costs tiny 0.06. (It comes after the embeddings, attention and MLP; GPT-2 drops
-# shares, too.)
+# times: a dropout of 0.1 costs tiny 0.06. (It comes after attention, after the MLP, and where the vectors are
+# made; GPT-2 also drops shares of attention.)
 
 
 class Linear(nn.Linear):
@@ -436,12 +436,12 @@ class MLP(nn.Module):
 # (2.40), and deep models hardly at all. A stack of such blocks is a *transformer*: the T in GPT, "generative
 # pre-trained transformer".
 #
-# *Layer normalization* (Ba et al., 2016) comes before each half: it shifts and scales every vector to mean
-# 0 and standard deviation 1 (`eps` saves it from dividing by 0 where all numbers are equal), then applies
-# a learned scale and shift of its own. So each half gets input of the same size whatever those below have
-# piled up (without: 2.41). The first transformer normalized after each half, in the stream itself; GPT-2 does
-# it before, on a copy, and so leaves the direct way back clear: deep models then train without special care
-# (Xiong et al., 2020).
+# *Layer normalization* (Ba et al., 2016) comes before each half: it shifts and scales every vector to mean 0
+# and standard deviation 1 (`eps` saves it from dividing by 0 where all numbers are equal), then applies a
+# learned scale and shift, one of each for every channel. So each half gets input of the same size whatever
+# those below have piled up (without: 2.41). The first transformer normalized after each half, in the stream
+# itself; GPT-2 does it before, on a copy, and so leaves the direct way back clear: deep models then train
+# without special care (Xiong et al., 2020).
 
 
 class Block(nn.Module):
@@ -486,7 +486,7 @@ class Block(nn.Module):
 # 2); weights of 1 / sqrt(C) cancel that (LeCun et al., 1998), so that what comes out is as large as what
 # went in. (The second layer of an MLP sums 4 C, but GELU has made most of its inputs small.) At width 128,
 # this is 0.088. GPT-2 drew its weights at 0.02, not far off at its widths of 768 to 1,600; in tiny, all
-# layers would answer four times too faintly, and the first hundreds of steps would go into making them
+# layers would answer four times too faintly, and the first few hundred steps would go into making them
 # louder (2.04). The tables get the same spread, which makes each of their rows a vector of length 1 (the
 # square root of the sum of its squares): token and position weigh the same in their sum, and the first
 # logits, dot products with such rows, are about as large as 1, so that no character is preferred by much.
@@ -506,9 +506,9 @@ class Block(nn.Module):
 #       the cosine of the hand's angle. (The first transformer had such waves, never trained.) Going back one
 #       position then turns each hand by its own fixed angle, wherever one is.
 #
-# So a head's query at position p can be made the same vector as its key at p - d: turn all hands back by d
-# positions, then go on as for a key. A vector's dot product with itself is larger than with others of about
-# its length (normalization aside), so the head's highest score goes to the character d back. And with keys,
+# So a head's query at position p can be made the same vector (normalization aside) as its key at p - d: turn
+# all hands back by d positions, then go on as for a key. A vector's dot product with itself is larger than
+# with others of about its length, so the head's highest score goes to the character d back. And with keys,
 # and so queries, three times as large, scores are nine times as large, and softmax puts nearly all of the
 # share there. Head 1 of the first block starts by looking one character back like this, head 2 two, and so
 # on. (Only half of the share, once a place C / 2 further back exists, where all hands stand the same again.
@@ -563,7 +563,7 @@ class GPT(nn.Module):
         # to write to them is to change the layer. Rows of the same head stand together.
         queries, keys, values = self.h[0].attn.c_attn.weight.split(C)  # (C, C) each
         queries[:, :where] = keys[:, :where] = values[:, where:] = 0
-        keys *= 3  # and so the queries: scores are 9 times as large, and most of the share goes to one place
+        keys *= 3  # and so the queries, made from them below: scores are 9 times as large
         for d, (query, key) in enumerate(zip(queries.chunk(n_head), keys.chunk(n_head)), start=1):
             # With hands at angles x, key = s sin x + c cos x. The query at x is to be the key at x - y, and
             #     sin(x - y) = sin x cos y - cos x sin y        cos(x - y) = cos x cos y + sin x sin y
@@ -708,9 +708,9 @@ def make_optimizer(model, config):
 # large number, which makes every gradient as many times larger, and the gradients are divided by it before
 # they are used (`GradScaler`, which also finds the number). In *mixed precision* (`autocast`; Micikevicius
 # et al., 2018) linear layers and attention compute with 16-bit copies, while weights, residual stream,
-# normalization and optimizer stay in float32. `auto` takes bfloat16 on GPUs that have it in hardware (2020
-# and later), float16 on older ones such as Colab's T4 (which accepts bfloat16 but only imitates it, slowly),
-# and float32 elsewhere.
+# normalization and optimizer stay in float32. `auto` takes bfloat16 on NVIDIA's GPUs that have it in
+# hardware (2020 and later), float16 on their older ones such as Colab's T4 (which accepts bfloat16 but only
+# imitates it, slowly), and float32 elsewhere.
 
 
 def number_format(dtype, device):
@@ -753,9 +753,9 @@ def sum_over_processes(number, device):
 # whole held-out text into windows and take the mean over every character. (The first characters of a window
 # have little to look back on, so the number is a little higher than what the model can do.) While it falls
 # together with the training loss, the model is learning the language; when the training loss goes on falling
-# and this one turns and rises, it is learning the text by heart: *overfitting*. (Small ends with a training
-# loss of 1.19 and a held-out loss of 1.57: much of what it knows, it knows by heart. What helps are more
-# text, weight decay, dropout, and keeping the best model, not the last.)
+# and this one turns and rises, it is learning the text by heart: *overfitting*. (The small size ends with a
+# training loss of 1.19 and a held-out loss of 1.57: much of what it knows, it knows by heart. What helps:
+# more text, weight decay, dropout, and keeping the best model, not the last.)
 
 
 @torch.inference_mode()  # no_grad in its quickest form, for results that are never learned from
