@@ -1067,8 +1067,7 @@ def find_text():
             content = answer.read()
         require(fingerprint(content) == TEXT_SHA256, "what came is not Tiny Shakespeare")
     except Exception as error:  # no network, an answer that breaks off, or another text
-        advice = "put a text here as input.txt, or name one with --data"
-        raise OSError(f"can't fetch a text ({error}): {advice}") from None
+        raise OSError(f"can't fetch a text ({error}): name one of yours with --data") from None
     write_whole(here, content)
     return here
 
@@ -1100,8 +1099,7 @@ def pick_device(name="auto"):
     try:
         torch.zeros(1, device=name).item()  # the proof of a device is that it works
     except Exception:
-        advice = "choose auto, cpu, cuda, cuda:1 (the second GPU) or mps"
-        raise Mistake(f"--device {name} is not available here: {advice}") from None
+        raise Mistake(f"--device {name} is not available here: choose auto, cpu, cuda, cuda:1, mps") from None
     device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1123,15 +1121,19 @@ def pick_device(name="auto"):
 
 
 def save(path, model, tokenizer, more=None):
-    """Save a model and its tokenizer to a file, with more entries if given (a dict). Raises OSError."""
-    buffer, settings = io.BytesIO(), asdict(model.config)
-    content = {"config": settings, "characters": tokenizer.characters, "model": model.state_dict()}
-    torch.save(content | (more or {}), buffer)
-    write_whole(path, buffer.getvalue())
+    """Save a model and its tokenizer to a file, with more entries if given (a dict). Raises OSError.
+
+    Of several processes only the first saves.
+    """
+    if place_among_processes()[0] == 0:
+        buffer, settings = io.BytesIO(), asdict(model.config)
+        content = {"config": settings, "characters": tokenizer.characters, "model": model.state_dict()}
+        torch.save((more or {}) | content, buffer)
+        write_whole(path, buffer.getvalue())
 
 
 def read_checkpoint(path, otherwise="train a model first, to its first look at least: python gpt.py"):
-    """What `save` has written, a dict, checked. Raises OSError if not there, ValueError if it is bad."""
+    """What `save` has written, checked: a dict, and its model. Raises OSError if not there, or ValueError."""
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}: {otherwise}")
     try:
@@ -1142,23 +1144,21 @@ def read_checkpoint(path, otherwise="train a model first, to its first look at l
         config, tensors = Config(**found["config"]), list(found["model"].values())
         require(len(tensors) > config.n_layer, "too few weights for its layers")
         require(len(set(found["characters"])) == config.vocab_size, "wrong number of characters")
-        GPT(config).load_state_dict(found["model"])  # compares all names and shapes
+        model = GPT(config)
+        model.load_state_dict(found["model"])  # compares all names and shapes
         state = found.get("optimizer", {"state": {}})["state"]  # besides means, it has counts: lone numbers
         means = [t for entry in state.values() for t in entry.values() if torch.is_tensor(t) and t.dim()]
         require({t.shape for t in means} <= {t.shape for t in tensors}, "wrong shapes of the optimizer")
-        finite = all(torch.isfinite(tensor).all() for tensor in tensors + means)
-        require(finite, "numbers that are not finite")
+        require(all(t.isfinite().all() for t in tensors + means), "numbers that are not finite")
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise Mistake(f"{path} is not a whole model of gpt.py ({reason}): take another file") from None
-    return found
+    return found, model
 
 
 def load(path="gpt.pt", device="cpu"):
     """The model and the tokenizer saved in a file, ready to write. Raises OSError or ValueError."""
-    found = read_checkpoint(path)
-    model = GPT(Config(**found["config"]))
-    model.load_state_dict(found["model"])
+    found, model = read_checkpoint(path)
     return model.eval().to(device), CharTokenizer(found["characters"])
 
 
@@ -1167,8 +1167,7 @@ def draw(path, history, marks):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        advice = "pip install matplotlib, or uv run --with matplotlib gpt.py --plot ..."
-        raise Mistake(f"--plot needs matplotlib: {advice}") from None
+        raise Mistake("--plot needs a library: pip install matplotlib (uv run --with matplotlib)") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per character)")
     axes.plot(range(1, len(history["training"]) + 1), history["training"], linewidth=0.5, label="training")
@@ -1199,7 +1198,7 @@ FLAGS = {
     "out": (str, "the file of the model (default: gpt.pt)"),
     "resume": (bool, "go on with the run of --out where it stopped"),
     "init_from": (str, "start from this trained model instead of from nothing"),
-    "plot": (str, "draw the loss into this file, such as loss.png (needs matplotlib)"),
+    "plot": (str, "draw the loss into this file, such as loss.png, and in a notebook (needs matplotlib)"),
     "generate": (bool, "don't train: write with the model in --out"),
     "prompt": (str, "what to write on from; - reads it from standard input (default: an empty line)"),
     "length": (int, "how many characters to write (default: 500)"),
@@ -1240,18 +1239,17 @@ def settings_for(given, unfinished):
     if "resume" in given:  # only what can sensibly change; more --steps stretch the learning rate's curve
         harmless = {"resume", "out", "steps", "device", "data", "plot", "compile"} | WRITING
         refuse(given.keys() - harmless, "--resume: the run keeps the settings that it began with")
-        start = read_checkpoint(unfinished, "there is no run to resume")
-        whole = start.keys() >= {"step", "optimizer", "scaler", "history", "data", "text"}
-        require(whole, f"{unfinished} is a model, not a run to resume")
-        config = replace(Config(**start["config"]), **chosen)
-        done, finished = start["step"], start["step"] == start["config"]["steps"] == config.steps
+        start, begun = read_checkpoint(unfinished, "there is no run to resume")
+        require("step" in start, f"{unfinished} is a model, not a run to resume")
+        config = replace(begun.config, **chosen)
+        done, finished = start["step"], start["step"] == begun.config.steps == config.steps
         require(finished or config.steps > done, f"the run has done {done} --steps already: give more")
         return config, start
     if "init_from" in given:
         fixed = {"size", "n_layer", "n_head", "n_embd", "block_size", "init_std", "head_start"}
         refuse(given.keys() & fixed, "--init-from: the trained model has its shape and its weights")
-        start = read_checkpoint(given["init_from"])
-        config = Config(**start["config"])
+        start, trained = read_checkpoint(given["init_from"])
+        config = trained.config
         # Gentler than from nothing, lest it forget: a quarter of the rate for its width, and an eighth of the
         # default's steps, and of the steps between two looks, both rounded up.
         gentle = {"lr": Config.lr / 4 * Config.n_embd / config.n_embd, "warmup": None}
@@ -1289,12 +1287,10 @@ def prepare(given, out, unfinished):
     require(in_use[0] not in in_use[1:3], f"--out {out} would overwrite the text")
     require(not plot or plot[0].resolve() not in in_use, "--plot would overwrite the text or a model")
     tokenizer = CharTokenizer(start["characters"]) if start else CharTokenizer.from_text(text)
-    occurring = Counter(text if "init_from" in given else "")
-    unseen = Counter({c: n for c, n in occurring.items() if c not in tokenizer.characters})
-    counts = ", ".join(f"{c!r} ({n} times)" for c, n in unseen.most_common(20))
-    require(not unseen, f"{path} has {len(unseen)} characters that the trained model never saw: {counts}")
-    uneven = f"--batch-size {config.batch_size} can't be shared out evenly among {processes} processes"
-    require(config.batch_size % processes == 0, uneven)
+    occurring = Counter(text if "init_from" in given else "").most_common()
+    unseen = [f"{c!r} ({n} times)" for c, n in occurring if c not in tokenizer.characters]
+    require(not unseen, f"{path} has {len(unseen)} characters new to the model: {', '.join(unseen[:20])}")
+    require(config.batch_size % processes == 0, f"--batch-size must split evenly among {processes} processes")
     return replace(config, vocab_size=tokenizer.vocab_size), start, path, text, tokenizer
 
 
@@ -1315,8 +1311,8 @@ def describe(path, tokens, cut, model):
 def set_aside(out, unfinished):
     """A new run keeps what it finds under another name, one that is still free."""
     with contextlib.suppress(OSError, ValueError, KeyError):  # there may be no earlier run
-        earlier = read_checkpoint(unfinished)
-        done, steps = earlier["step"], earlier["config"]["steps"]
+        earlier, begun = read_checkpoint(unfinished)
+        done, steps = earlier["step"], begun.config.steps
         if done < steps:
             say(f"The run in {unfinished} stopped at step {done} of {steps}. To go on with it instead, press")
             say("Ctrl-C, give the files named below their old names back, and use --resume.")
@@ -1411,16 +1407,14 @@ def run(given, how):
     config, start, path, text, tokenizer = prepare(given, out, unfinished)
     number_format(config.dtype, device)  # raises if the device can't do it
     logging.getLogger("torch.utils.cpp_extension").setLevel("ERROR")  # --compile would warn of a missing CUDA
-    model = GPT(config)
+    model = GPT(config).to(device)
     how["seed"] = config.seed
     generate(model, tokenizer, **how)  # raises if the scene can't be written
     if start:
         model.load_state_dict(start["model"])
-    model.to(device)
     tokens = tokenizer.encode(text)
     cut = len(tokens) * 9 // 10
     marks = describe(path, tokens, cut, model)
-    tokens = tokens.to(device)
 
     # From here on, several processes work together. All of them train; only the first prints and saves.
     rank, processes = place_among_processes()
@@ -1429,35 +1423,32 @@ def run(given, how):
         atexit.register(dist.destroy_process_group)
         atexit.register(gc.collect)  # which comes first, and frees what would keep the group's threads going
     resumed = start if "resume" in given else None
-    history = resumed["history"] if resumed else {"training": [], "held_out": []}
-    origin = {"history": history, "data": str(path), "text": fingerprint(text.encode())}
-
-    def save_state(state):
-        if rank == 0:
-            save(unfinished, model, tokenizer, state | origin)
-
+    # What the file of the unfinished run holds beside the model: from the beginning, or as it was found.
+    state = {"step": 0, "optimizer": make_optimizer(model, config).state_dict(), "scaler": {}}
+    state |= {"history": {"training": [], "held_out": []}, "text": fingerprint(text.encode())}
+    state |= (resumed or {}) | {"data": str(path)}
+    history = state["history"]
     if rank == 0 and "plot" in given:
         draw(given["plot"], history, marks)  # so that a mistake shows now and not after the training
     if rank == 0 and not resumed:
         set_aside(out, unfinished)
-    beginning = {"step": 0, "optimizer": make_optimizer(model, config).state_dict(), "scaler": {}}
     # So the run can be resumed from its very first step, and a new number of --steps is not forgotten.
-    save_state({name: (resumed or beginning)[name] for name in beginning})
+    save(unfinished, model, tokenizer, state)
 
     best = min((loss for _, loss in history["held_out"]), default=math.inf)
     begun, ahead = len(history["training"]), {name: loss for name, loss in marks.items() if loss < best}
     with noting_signals() as noted:
-        for report in train(model, tokens[:cut], tokens[cut:], resumed):
+        for report in train(model, tokens[:cut].to(device), tokens[cut:].to(device), resumed):
             history["training"].append(report.loss)
             stopped = sum_over_processes(float(len(noted)), device)  # when one process stops, all do
             look = report.held_out is not None
             if look:
                 history["held_out"].append([report.step, report.held_out])
-            if look and rank == 0 and report.held_out < best:
+            if look and report.held_out < best:
                 best = report.held_out  # saved before the state: a kill in between loses nothing
                 save(out, model, tokenizer, {"history": history})
             if look or stopped:
-                save_state(report.state())
+                save(unfinished, model, tokenizer, state | report.state())
             tell(report, config, history["training"], begun, ahead)
             if look and rank == 0:
                 sample = "".join(generate(model, tokenizer, length=120, seed=config.seed)).strip()
@@ -1486,8 +1477,7 @@ def remedy(error):
         return reason
     full = ("out of memory", "allocate memory", "not enough memory")
     if kind is MemoryError or any(words in reason for words in full):
-        shrink = "lower --batch-size, --block-size or --n-embd, or take a smaller --size"
-        return f"out of memory: {shrink} (or a text of fewer different characters)"
+        return "out of memory: lower --batch-size or --block-size, or take a smaller --size or vocabulary"
     if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile does not work here ({reason}); give --no-compile instead"
     if kind.__name__.startswith("Dist") or "gloo" in reason:  # how PyTorch tells of a connection that broke

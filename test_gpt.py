@@ -1269,12 +1269,14 @@ def test_a_closed_pipe_ends_training_with_all_of_it_saved(in_folder, uninterrupt
 
 
 def run_notebook(cells, folder):
-    """Run the cells in a real kernel -> what each printed."""
+    """Run the cells in a real kernel -> what each printed, and of a picture its kind."""
+    pytest.importorskip("matplotlib")
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     where = {"metadata": {"path": str(folder)}}
     nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources=where).execute()
-    return ["".join(out.get("text", "") for out in cell.outputs) for cell in book.cells]
+    shown = [[out.get("text") or "".join(out.get("data", {})) for out in cell.outputs] for cell in book.cells]
+    return ["".join(parts) for parts in shown]
 
 
 def test_the_file_runs_in_one_notebook_cell_and_cell_by_cell(tmp_path, web_server):
@@ -1287,14 +1289,21 @@ def test_the_file_runs_in_one_notebook_cell_and_cell_by_cell(tmp_path, web_serve
     more = [
         "print(len(list(generate(model, tokenizer, length=7))))",
         'main("--steps 0")',
-        'main("--steps 2 --n-embd 8")',
+        'main("--steps 2 --n-embd 8 --plot loss.png")',
     ]
     told = run_notebook([source, *more, *markers], tmp_path)
     assert told[0].startswith("There is no input.txt here: fetching Tiny Shakespeare from " + web_server)
     assert "held-out loss" in told[0] and told[1] == "7\n" and "held-out loss" in told[-1]
-    assert told[2].startswith("gpt.py: --steps must be") and "held-out" in told[3]
+    assert told[2].startswith("gpt.py: --steps must be") and "held-out" in told[3] and "image/png" in told[3]
     assert not any("SystemExit" in text or "Warning" in text for text in told)
     assert (tmp_path / "input.txt").read_text(encoding="utf-8") == TEXT
+
+
+def test_of_several_processes_only_the_first_saves(tmp_path, monkeypatch):
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        gpt.save(tmp_path / f"{rank}.pt", gpt.GPT(SMALL), TOKENIZER)
+    assert os.listdir(tmp_path) == ["0.pt"]
 
 
 def test_each_process_has_dice_of_its_own(monkeypatch):
