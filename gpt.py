@@ -1290,7 +1290,8 @@ def prepare(given, out, unfinished):
     occurring = Counter(text if "init_from" in given else "").most_common()
     unseen = [f"{c!r} ({n} times)" for c, n in occurring if c not in tokenizer.characters]
     require(not unseen, f"{path} has {len(unseen)} characters new to the model: {', '.join(unseen[:20])}")
-    require(config.batch_size % processes == 0, f"--batch-size must split evenly among {processes} processes")
+    uneven = f"--batch-size {config.batch_size} can't be shared out evenly among {processes} processes"
+    require(config.batch_size % processes == 0, uneven)
     return replace(config, vocab_size=tokenizer.vocab_size), start, path, text, tokenizer
 
 
