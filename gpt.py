@@ -4,8 +4,8 @@
 # ///
 """
 This file is a complete language model: GPT-2's architecture, trained from nothing on the characters of
-Shakespeare, until it writes plays of its own. PyTorch does the arithmetic, the gradients and the optimizer;
-all else is on this page, and so is what these three are.
+Shakespeare, until it writes plays of its own. PyTorch does the arithmetic, the gradients and the optimizer's steps,
+all explained below; the rest is on this page.
 
 The same architecture can be trained badly or well, and most of what makes a model of this size good is how
 it is trained. On a CPU, this one becomes as good as the usual tutorial's (nanoGPT's) in a fraction of the
@@ -24,9 +24,9 @@ The program    9 Around the lesson (files, devices, pictures)   10 The command l
 
 Read from the top. Section 0 is a table of settings, full of words that come later; from section 1 on, each
 word is explained where it first matters. Lines that begin with >>> are examples, with their results below;
-the tests run them, so they are true. A *tensor* is a table of numbers with any number of
-dimensions; a comment such as `# (B, T) -> (B, T, C)` at the end of a line gives the shapes of that line's
-tensors, before and after, and the letters always mean the same:
+the tests run them, so they are true. A *tensor* is a table of numbers with any number of dimensions; a
+comment such as `# (B, T) -> (B, T, C)` at the end of a line gives the shapes of that line's tensors, before
+and after, and the letters always mean the same:
 
     B  batch: how many stretches of text go through the model at once, each on its own
     T  time: how many characters each stretch has, at most the context, `block_size`
@@ -285,12 +285,12 @@ def yardsticks(training, held_out, vocab_size):
 # sum, so that all are positive and add up to 1. The result is the mean of the values, weighted by these
 # shares. (With one vector for all three, a position would fit itself best, and look mostly there.) One thing
 # more: a dot product is a sum, of as many products as the vectors have numbers (`head_size`, 32 in tiny),
-# some positive and some negative, and by chance alone such a sum, of terms of about 1, is as large as the
-# square root of their number: of a hundred tosses of a coin, one side leads by about ten. Softmax would give
-# nearly all of the share to whichever score chance has made the largest, before anything has been learned;
-# so scores are first divided by that root. (In the code `@` multiplies tables, *matrices*: it makes the dot
-# product of each row of the first with each column of the second. Hence the `transpose`; and `shares @
-# value` makes the weighted means.)
+# some positive and some negative, and by chance alone such a sum, of terms near 1 or -1, is about as large
+# as the square root of their number: of a hundred tosses of a coin, one side leads by about ten. Softmax
+# would give nearly all of the share to whichever score chance has made the largest, before anything has been
+# learned; so scores are first divided by that root. (In the code `@` multiplies tables, *matrices*: it makes
+# the dot product of each row of the first with each column of the second. Hence the `transpose`; and `shares
+# @ value` makes the weighted means.)
 #
 # A text also imposes a restriction. In training, every position of a text guesses the character after it,
 # all of them at once; so a position may look back, never ahead, or it would read its answer instead of
@@ -966,7 +966,7 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
         context, done = text[-config.block_size :], 0  # done: how much of the context is in the cache
         # In each block, keys and values (2) of one text (1): (n_layer, 2, 1, n_head, block_size, head_size)
         shape = config.n_layer, 2, 1, config.n_head, config.block_size, config.n_embd // config.n_head
-        cache = model.wte.weight.new_zeros(shape)  # on the same device
+        cache = model.wte.weight.new_zeros(shape)  # on the same device, in the same format
         for _ in range(length):
             if len(context) > config.block_size:
                 context, done = context[-max(1, config.block_size // 2) :], 0
