@@ -4,8 +4,8 @@
 # ///
 """
 This file is a complete language model: GPT-2's architecture, trained from nothing on the characters of
-Shakespeare, until it writes plays of its own. PyTorch does the arithmetic, the gradients and the optimizer's steps,
-all explained below; the rest is on this page.
+Shakespeare, until it writes plays of its own. PyTorch does the arithmetic, the gradients and the optimizer's
+steps, all explained below; the rest is on this page.
 
 The same architecture can be trained badly or well, and most of what makes a model of this size good is how
 it is trained. On a CPU, this one becomes as good as the usual tutorial's (nanoGPT's) in a fraction of the
