@@ -388,7 +388,7 @@ def generate(model, tokenizer, prompt="", **settings):
         context = torch.cat([context, token])
         new.append(token.item())
         text = tokenizer.decode(new)
-        if not text.endswith("\ufffd"):
+        if not text.endswith("\ufffd") or len(new) == 4:
             yield text
             new = []
 
