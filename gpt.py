@@ -3,11 +3,42 @@
 # dependencies = ["torch>=2.6"]
 # ///
 """
-A GPT-2 in one file, trained from nothing on the characters of a text until it writes such texts itself.
+A GPT-2 in one file: trained from scratch on the characters of Shakespeare's plays, with PyTorch alone, on a
+laptop. Its claim: most of what makes such a model good is how it is trained. The same formula, trained by the
+recipe on this page, gets as good as the usual tutorial's in a seventh of the time. In a minute and a half it
+goes from random numbers to this:
+
+    EMILIA:
+    Acceed, Give me, I am eath anon.
+
+    ROSALIND:
+    Which is by thee, and yonderims of flamer for and you didst so?
+
+    python gpt.py                                    train the tiny model on input.txt, then write a scene
+    python gpt.py --generate --prompt "HAMLET:"      write more, with the model that is now in gpt.pt
+    python gpt.py --help                             all settings, with their defaults
+
+It needs Python and `pip install torch`; in Jupyter or Colab, paste the file into one cell. All numbers are
+about the input.txt that comes with it, ten plays; where there is none, another text is fetched.
+
+    The lesson     0 settings   1 text to numbers   2 attention   3 the MLP   4 the block   5 the model
+                   6 batches    7 training          8 writing     9 the recipe
+    The program    10 files and devices             11 the command line
+
+Read from the top. You need Python, and no idea of neural networks. Lines that begin with >>> are examples
+with their results; the tests run them. PyTorch computes with *tensors*, tables of numbers with any number of
+dimensions. A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
+
+    B  batch: how many pieces of text go through the model at once, each on its own
+    T  time: how many characters each piece has, at most block_size
+    C  channels: how many numbers stand for one character inside the model, n_embd
+    V  vocabulary: how many different characters there are, vocab_size
+    N  the number of characters in a text
 """
 
 # %% 0. Settings
-# TODO prose
+# Everything that can be set. On a first reading look at the names and go on: each section explains its own.
+# On the command line all but the last are flags: `--n-layer 4`.
 
 import argparse
 import hashlib
@@ -64,6 +95,7 @@ class Config:
     vocab_size: int = setting(65, "different characters")
 
 
+# For --size: how each size differs from the table. Section 9 tells how the rates and decays follow.
 SIZES = {
     "tiny": {},
     "small": {"n_layer": 4, "n_embd": 256, "steps": 8000, "lr": 1e-3, "weight_decay": 0.6},
@@ -74,8 +106,20 @@ SIZES = {
 
 
 # %% 1. Text to numbers
-
-
+# A *model* is one long formula with a great many adjustable numbers, its *parameters*. *Training* adjusts
+# them, little by little, until the formula's guesses are good. A *neural network* is such a formula, put
+# together from simple *layers*, one after the other.
+#
+# A formula computes with numbers. So we list all characters that occur in the text, the *vocabulary*; a
+# character's place in that list is its *token*. For "to be or not to be" the list is ' benort': a space is 0,
+# b is 1, and "not" becomes 3, 4, 6.
+#
+# GPT-2 has 50,257 pieces of words for tokens (Sennrich et al., 2016). In a text of a megabyte most of them
+# would occur rarely or never, and from one sight nothing can be learned: of the 13,338 different words in our
+# plays, 6,080 occur only once. And each entry costs n_embd numbers, 384 in our medium size:
+#
+# >>> f"{65 * 384:,} for our characters, {50_257 * 384:,} for GPT-2's pieces"
+# "24,960 for our characters, 19,298,688 for GPT-2's pieces"
 class CharTokenizer:
     """Turns text into tokens and back.
 
@@ -110,6 +154,9 @@ class CharTokenizer:
         return "".join(self.characters[token] for token in tokens)
 
 
+# Never test on what you have trained on: knowing by heart is not knowing. We train on the first nine tenths
+# of the text and test on the last, the *validation* part. Why not on lines drawn at random? Neighbouring
+# lines come from one scene, with the same names and the same talk, so they would be half known already.
 def split(tokens):
     """Tokens (N,) -> the training part and the validation part: the last tenth, but at most a million.
 
@@ -121,6 +168,29 @@ def split(tokens):
     return tokens[:cut], tokens[cut:]
 
 
+# The model's one task is to guess the next character from those before it. It gives each character a
+# probability p, and pays for the one that really comes: -ln p, its *loss*. Certain and right costs 0; the
+# less it believed in what came, the more it pays. The mean over a text is the *cross-entropy* (Shannon,
+# 1948), in *nats* for each character; a nat is 1.44 bits. e to the power of the loss says between how many
+# equally likely characters the model hesitates. An even guess among 65 costs 4.17; tiny will end at 1.70,
+# hesitating between 5 or 6:
+#
+# >>> round(-math.log(1 / 65), 2), round(math.exp(1.70), 1)
+# (4.17, 5.5)
+#
+# What can be had without any network? These are our *baselines*, with their losses on the validation part:
+#
+#     uniform    an even guess                                                    4.17
+#     unigram    how often each character occurs: e is cheap, q is costly         3.37
+#     bigram     how often each pair occurs: after q comes u                      2.53
+#
+# Why not count longer pieces instead? Already of the 65 * 65 pairs most never occur, and 200,000 words would
+# make 40 billion: no text could fill such a table. A model has to learn what pieces have in common.
+#
+# >>> text = Path("input.txt").read_text(encoding="utf-8")
+# >>> pairs = count_pairs(CharTokenizer.from_text(text).encode(text), 65)
+# >>> f"{pairs.count_nonzero():,} of {65 * 65:,} pairs occur; 200,000 words: {200_000**2:,} pairs"
+# '1,535 of 4,225 pairs occur; 200,000 words: 40,000,000,000 pairs'
 def count_pairs(tokens, vocab_size):
     """Row a, column b: how often token b follows token a. (N,) -> (V, V)
 
@@ -128,16 +198,20 @@ def count_pairs(tokens, vocab_size):
     tensor([[0, 2],
             [1, 1]])
     """
-    pairs = tokens[:-1] * vocab_size + tokens[1:]  # (N - 1,) two tokens as one number
+    # All tokens but the last, and all but the first: the pairs. a * V + b writes each pair as one number.
+    pairs = tokens[:-1] * vocab_size + tokens[1:]  # (N - 1,)
+    # bincount counts how often each number occurs; view arranges the counts in rows.
     return torch.bincount(pairs, minlength=vocab_size**2).view(vocab_size, vocab_size)
 
 
 def baselines(training, validation, vocab_size):
-    """Validation losses, in nats per character, of models that only count. (N,), (M,) -> name -> loss"""
+    """Validation losses of the three, in nats per character. (N,), (M,) -> name -> loss"""
     V = vocab_size
     pairs = count_pairs(training, V)  # (V, V)
     counts = pairs.sum(1)  # (V,) how often each token occurs
     before, after = validation[:-1], validation[1:]  # (M - 1,) each
+    # A tensor of numbers can be an index: counts[after] looks up one count for each of them. One is added to
+    # each count (Laplace, 1814), so that what training never showed is costly but not impossible.
     unigram = (counts[after] + 1) / (counts.sum() + V)  # (M - 1,) the probability of each next token
     bigram = (pairs[before, after] + 1) / (counts[before] + V)  # (M - 1,) the same, knowing the one before
     losses = [math.log(V), -unigram.log().mean().item(), -bigram.log().mean().item()]
@@ -145,59 +219,122 @@ def baselines(training, validation, vocab_size):
 
 
 # %% 2. Attention
-
-
+# To guess the next character, a position has to look back, and where to look depends on the text. After a q,
+# the last character is enough. Inside a name, the name's beginning matters. *Attention* (Vaswani et al.,
+# 2017) lets each position choose for itself.
+#
+# Inside the model each position has a *vector*, a row of C numbers. Section 5 shows how its character and its
+# place are written into it. Three more vectors are made from it, by weights that training adjusts:
+#
+#     query   what this position is looking for
+#     key     what this position offers to those who look
+#     value   what it hands over when it is looked at
+#
+# A position compares its query with the key of each position, its own included, by a *dot product*: multiply
+# number by number, add up. A large *score* means "this is what I was looking for". *Softmax* turns scores
+# into *attention weights*, positive and adding up to 1: e to the power of each, divided by their sum. The
+# position then receives the mean of the values, each counted by its weight.
+#
+# In training the whole text lies open, and all positions guess their next characters at once. So none may
+# look ahead: it would read its answer. The *causal mask* sets the scores of later positions to minus
+# infinity, and so their attention weights to 0.
+#
+# What if a part is left out? Such losses, here and below, are tiny's after 500 steps, next to 1.87 with all
+# parts. Without the mask, training looks like a triumph: 0.03. But what the model then writes is nonsense,
+# for when it writes there is nothing ahead to read.
 def attention_by_hand(query, key, value):
     """Causal attention over T positions, step by step: (T, head_size) three times -> (T, head_size).
+
+    Three positions, with vectors of one number. All ask with a query of 1. The third key fits better than the
+    other two, by ln 2, so it gets twice their attention weight:
+
+        may see      1st   2nd   3rd        the values are 8, 4 and 0
+        position 1    1     .     .    ->   8
+        position 2   1/2   1/2    .    ->   8/2 + 4/2       = 6
+        position 3   1/4   1/4   1/2   ->   8/4 + 4/4 + 0/2 = 3
 
     >>> query, key = torch.tensor([[1.0], [1.0], [1.0]]), torch.tensor([[0.0], [0.0], [math.log(2)]])
     >>> value = torch.tensor([[8.0], [4.0], [0.0]])
     >>> attention_by_hand(query, key, value).flatten()
     tensor([8., 6., 3.])
+
+    PyTorch has the same in one call, faster, and for many sequences at once; `[None]` adds that dimension:
+
     >>> F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True).flatten()
     tensor([8., 6., 3.])
     """
+    # `@` makes the dot product of each row on its left with each column on its right; .T turns rows into
+    # columns. Row i, column j: the score that position i gives to position j.
     scores = query @ key.T  # (T, head_size) @ (head_size, T) -> (T, T)
+    # Why divide by the root of head_size? Add up 32 products of random sign and size 1: they partly cancel,
+    # and chance alone gives about 5.7, the root of 32. Softmax exaggerates: a score 5.7 ahead gets almost 300
+    # times the weight. Undivided, a position could stare at one random place before it had learned anything.
     scores = scores / math.sqrt(query.size(-1))  # (T, T)
     ahead = torch.ones_like(scores).triu(1).bool()  # (T, T) true where the column is later than the row
     weights = scores.masked_fill(ahead, -math.inf).softmax(-1)  # (T, T) each row adds up to 1
     return weights @ value  # (T, T) @ (T, head_size) -> (T, head_size)
 
 
+# The plainest part of a network is the *linear layer*: each number it gives out is the dot product of what
+# comes in with a row of *weights*, plus a *bias*. Both are parameters. In PyTorch a layer is an `nn.Module`,
+# an object that holds its parameters, and `layer(x)` runs its `forward`.
+#
+# One look is not enough: it helps to watch the last letter and the speaker's name at the same time. So there
+# are several *heads*, each with a slice of query, key and value to itself, head_size = C / n_head numbers
+# wide. With a single head: 2.07. Without attention: 2.54, no better than bigram.
 class Attention(nn.Module):
     """Each position gathers from itself and from those before it. (B, T, C) -> (B, T, C)"""
 
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
+        # The names are those in GPT-2's own files: c_attn makes queries, keys and values.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        # A head's result fills only its own slice of the channels. The *output projection* mixes the slices,
+        # so that what one head has found can reach every channel; without it, ?.??.
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)  # explained in section 3
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # cut into 3, and into heads
+        # `view` cuts the last dimension into pieces, `permute` puts dimensions in another order.
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, n_head, head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
-        if cache is not None:  # only for writing; section 8 explains it
+        if cache is not None:  # only for writing: what this layer keeps, see section 8
             if self in cache:
                 k = torch.cat([cache[self][0], k], dim=2)  # (B, n_head, earlier positions + T, head_size)
                 v = torch.cat([cache[self][1], v], dim=2)
             cache[self] = k, v
-        # A single new position may see all keys, so it needs no mask.
+        # attention_by_hand, for all heads of all sequences. A single new position may see all: no mask.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.dropout(self.c_proj(y))  # (B, T, C)
 
 
 # %% 3. The MLP
-
-
+# Attention moves information between positions, but all it does with it is take means. The *MLP*, short for
+# multi-layer perceptron (Rosenblatt, 1958), is where each position works on what it has gathered, on its own:
+# a linear layer to four times the width, an activation, a linear layer back.
+#
+# The *activation* is a curve that each number is sent through. Without it the two linear layers would be one,
+# since a weighted sum of weighted sums is again a weighted sum: 2.13. The simplest is ReLU, max(0, x): 1.88.
+# GPT-2 uses *GELU* (Hendrycks and Gimpel, 2016), a ReLU with its corner rounded: where ReLU is flat, training
+# cannot tell which way would be better, and a smooth curve nearly always gives a hint. Four times is a
+# convention: Twice ends at 1.90, eight times at ?.??, against 1.87.
+#
+# >>> F.gelu(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).round(decimals=2)
+# tensor([-0.0000, -0.1600,  0.0000,  0.8400,  3.0000])
+#
+# *Dropout* (Srivastava et al., 2014) sets a random share of a layer's outputs to 0, in training only, and
+# enlarges the rest to make up for it. No part can then rely on a few others, so a text is harder to learn by
+# heart. Learning is slower, too, so it pays only where a large model sees a small text many times, as medium
+# does. Tiny has none; a dropout of 0.1 costs it ?.??.
 class MLP(nn.Module):
     """Two linear layers with an activation between them, at each position alone. (B, T, C) -> (B, T, C)"""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)  # "fully connected"
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -207,8 +344,25 @@ class MLP(nn.Module):
 
 
 # %% 4. The block
-
-
+# A *block* is one round of "look around, then think". Neither half replaces the vectors. Both add to them:
+#
+#     x ---+---------------------------> + ---+---------------------> + --->
+#          |                             ^    |                       ^
+#          +--> ln_1 ---> attention -----+    +--> ln_2 ---> MLP -----+
+#
+# The upper line is the *residual stream* (Elhage et al., 2021); what is added to it makes *residual
+# connections* (He et al., 2015). What a block does not touch passes on unchanged, and in training the signal
+# of what should change runs back the same way, undistorted, to the lowest block. Without them, already two
+# blocks end at 2.40.
+#
+# *Layer normalization* (Ba et al., 2016), ln_1 and ln_2, gives each vector mean 0 and standard deviation 1
+# (the typical distance from the mean). So a layer gets input of the same size, however much those before have
+# added. Then each channel has a learned scale, at first 1, and a learned shift, at first 0. Without: 2.42.
+#
+# >>> F.layer_norm(torch.tensor([1.0, 2.0, 3.0]), [3])
+# tensor([-1.2247,  0.0000,  1.2247])
+#
+# A stack of such blocks is a *transformer*: the T in GPT, "generative pre-trained transformer".
 class Block(nn.Module):
     """Attention, then MLP, each normalized first and added to the stream. (B, T, C) -> (B, T, C)"""
 
@@ -225,8 +379,23 @@ class Block(nn.Module):
 
 
 # %% 5. The model
-
-
+# What is missing are the two ends. Going in, each token becomes a vector, its *embedding* (Bengio et al.,
+# 2003): row number `token` of a learned table. Attention knows no order, since a mean is the same whatever
+# comes first. So a second table has a vector for each *position*, 0 to block_size - 1, and the two vectors
+# are added. Without positions, what came before is a bag of letters: 2.40.
+#
+# Coming out, the dot product of each vector with each row of the first table gives a number for each
+# character, its *logit*. The larger, the likelier: softmax turns logits into probabilities. To use one table
+# at both ends is *weight tying* (Press and Wolf, 2017): a character is read and written by the same vector.
+# Here a table for each end is as good, 1.86; in the smallest GPT-2 the table is a third of all parameters,
+# and saved once.
+#
+# The *initial weights* are random. Were they equal, all rows of a matrix would give out the same, be changed
+# alike, and stay alike forever. Their size matters more than it seems. What a layer gives out is a sum of C
+# products, which grows with the root of C, as in section 2. Weights of typical size 1 / sqrt(C) cancel that
+# (LeCun et al., 1998). At width 128 this is 0.088. GPT-2 drew its weights at 0.02, not far off at its widths
+# of 768 to 1,600; at ours, all layers would speak four times too softly, and the first few hundred steps go
+# into making them louder: 2.13. Few tutorials say so.
 class GPT(nn.Module):
     """The whole model: tokens (B, T) -> logits (B, T, V), at each position for the token after it."""
 
@@ -236,21 +405,26 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # "weights of the token embedding"
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # "weights of the position embedding"
         self.dropout = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # "hidden layers"
+        # A list that PyTorch looks into for parameters, which a plain one is not. "h": hidden layers.
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)  # "final"
 
-        rng = torch.Generator().manual_seed(config.seed)
+        rng = torch.Generator().manual_seed(config.seed)  # random numbers that can be repeated; see section 6
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
+                # Two layers of each block write to the residual stream. They start smaller, as in GPT-2, so
+                # that its final size does not depend on how many blocks there are.
                 writers = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(parameter, std=1 / math.sqrt(config.n_embd * writers), generator=rng)
             elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+                nn.init.zeros_(parameter)  # names that end in _ change a tensor in place
 
     def forward(self, tokens, cache=None, start=0):
         """cache and start belong to writing (section 8): the first of the tokens stands at position start."""
         end = start + tokens.size(1)
         assert end <= self.config.block_size, f"{end} tokens don't fit block_size {self.config.block_size}"
+        # A tensor that lacks a dimension is repeated along it (*broadcasting*): each of the B sequences gets
+        # the same T positions.
         x = self.dropout(self.wte(tokens) + self.wpe.weight[start:end])  # (B, T, C) + (T, C) -> (B, T, C)
         for block in self.h:
             x = block(x, cache)  # (B, T, C)
@@ -258,7 +432,22 @@ class GPT(nn.Module):
 
 
 # %% 6. Batches
+# Training shows the model *sequences*: pieces of text, each of block_size characters. At each of its places
+# the *target* is the next character, so a sequence of T characters asks T questions:
+#
+#     inputs     t  o  _  b  e  ,  _  o
+#     targets    o  _  b  e  ,  _  o  r
+#
+# A *batch* of B sequences goes through together, since processors multiply one large matrix faster than many
+# small ones. Still larger batches make each step surer but leave fewer steps for the same amount of text: 64
+# sequences in an eighth of the steps end at 2.33.
+#
+# Sequences begin at random places, drawn anew each time; some characters come often and some never. Random,
+# and yet repeatable: a *seed* is a number from which a random number generator starts, and the same seed
+# gives the same numbers every time.
 
+# Several processes can share a run (section 10). On a laptop there is one, and [0::1] below is the whole
+# batch.
 RANK = int(os.environ.get("RANK", 0))  # this process's number, from 0
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 
@@ -272,13 +461,69 @@ def get_batch(tokens, batch_size, block_size):
     """
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1))[RANK::WORLD_SIZE]  # (B, 1)
     places = starts + torch.arange(block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
-    sequences = tokens[places.to(tokens.device)].long()  # (B, T + 1)
+    sequences = tokens[places.to(tokens.device)].long()  # (B, T + 1); on the CPU or GPU where the tokens are
     return sequences[:, :-1], sequences[:, 1:]
 
 
 # %% 7. Training
+# A step of training takes one batch and asks of each parameter: were it a little larger, by how much would
+# the loss rise or fall? All these numbers together are the *gradient*. PyTorch works them out backwards, from
+# the loss through everything that led to it (Rumelhart et al., 1986). `loss.backward()` does that, and adds
+# each parameter's number to its `.grad`. Here a weight of 3, and a loss that wants it to be 1:
+#
+# >>> weight = nn.Parameter(torch.tensor(3.0))
+# >>> loss = (weight - 1) ** 2
+# >>> loss.backward()
+# >>> weight.grad  # at 3.001 the loss is 4.004 instead of 4: it rises four times as much as the weight
+# tensor(4.)
+#
+# The *optimizer* then moves each parameter a little the other way: guess, measure, move, again.
+#
+# Plain gradient descent moves each weight by its gradient times a number, the *learning rate*. But single
+# batches mislead, and layers differ: one has gradients of 100, another of 0.001. *AdamW* (Kingma and Ba,
+# 2015; Loshchilov and Hutter, 2019) keeps two running means for each weight w with gradient g:
+#
+#     m  <-  0.9 m + 0.1 g                          which way, over the last 10 steps or so
+#     v  <-  beta2 v + (1 - beta2) g * g            how large, over the last 100 or so
+#     w  <-  w - lr * ( m / sqrt(v)  +  weight_decay * w )
+#
+# m / sqrt(v) is near 1 or -1 while the gradients agree and near 0 while they cancel, whether they are large
+# or tiny. (Both means start at 0; AdamW makes up for that in the first steps.) So a gradient of 100 and one
+# of 0.001 first move their weights alike. Plain gradient descent, at the best of the rates tried, ends at
+# 1.95.
+#
+# >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
+# >>> weight.grad = torch.tensor([100.0, 0.001])
+# >>> torch.optim.AdamW([weight], lr=0.1, weight_decay=0).step()
+# >>> weight.data
+# tensor([0.9000, 0.9000])
+#
+# *Weight decay*, the W, shrinks each weight a little in every step. What the data does not keep asking for
+# fades, which holds back learning by heart. Only matrices decay: biases are few, and the neutral value of a
+# normalization's scale is 1, not 0.
+def make_optimizer(model, config):
+    """AdamW over all parameters of the model, with weight decay on the matrices alone."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    # fused: all parameters in one go, which is faster.
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
+# A learning rate that is too small wastes time, one too large throws away what was learned. The best is large
+# early and small at the end:
+#
+#     2e-3 |     .-'''-.
+#          |   .'       '-.
+#          |  /            '-.
+#          | /                '-.
+#        0 |/____________________'''--.
+#          0   250                  2500  steps
+#
+# *Warm-up* (Goyal et al., 2017), the straight line: at first AdamW's means have seen only a gradient or two,
+# and m / sqrt(v) is near 1 or -1 for every weight. *Cosine decay* (Loshchilov and Hutter, 2017), half a
+# cosine wave: large steps find the region, small ones its lowest point. A run that stays at its peak keeps
+# jumping about that point: 1.93.
 def learning_rate(step, config):
     """The learning rate of a step, counted from 0: a straight line up, half a cosine wave down.
 
@@ -293,22 +538,21 @@ def learning_rate(step, config):
     return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def make_optimizer(model, config):
-    """AdamW over all parameters of the model, with weight decay on the matrices alone."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
-
-
-@torch.no_grad()
+# How good is the model? The *validation loss* is the one number to judge by: the mean over the whole
+# validation part, cut into sequences. While it falls together with the training loss, the model is learning
+# the language. When the training loss goes on falling and this one turns and rises, it is learning its text
+# by heart: *overfitting*. More text helps; so do weight decay, dropout, and keeping the best weights, not the
+# last. (A gap between the two alone is no proof: the validation text has other scenes, with names that are
+# new to the model.)
+@torch.no_grad()  # nothing is learned here, so PyTorch need not remember how the loss came about
 def evaluate(model, config, tokens):
     """Mean loss in nats per token over tokens (N,), read once, in sequences of block_size."""
     model.eval()  # dropout off
     T, n = config.block_size, len(tokens) - 1
-    padding = (0, -n % T)  # what the last sequence lacks; cross_entropy leaves out targets of -100
-    inputs = F.pad(tokens[:-1], padding).long().view(-1, T)  # (N / T, T)
-    targets = F.pad(tokens[1:], padding, value=-100).long().view(-1, T)  # (N / T, T)
+    # The last sequence is filled up with zeros; a target of -100 tells cross_entropy not to count a place.
+    padding = (0, -n % T)
+    inputs = F.pad(tokens[:-1], padding).long().view(-1, T)  # (all sequences, T)
+    targets = F.pad(tokens[1:], padding, value=-100).long().view(-1, T)  # (all sequences, T)
     total = 0.0
     for x, y in zip(inputs.split(32), targets.split(32)):  # (32, T) each
         logits = model(x)  # (32, T) -> (32, T, V)
@@ -320,18 +564,24 @@ def train(model, optimizer, config, training, validation, start=0):
     """Train the model in place. Yields after each step: steps done, loss, validation loss (mostly None).
 
     model: anything that maps tokens (B, T) to logits (B, T, V). training, validation: tokens (N,) and (M,).
+    start: steps done before, for a run that goes on with its model and its optimizer.
     """
     for step in range(start, config.steps):
         model.train()  # dropout on
+        # All randomness of a step, its batch and its dropout, comes from the seed and its number alone. So a
+        # run can be repeated to the bit, and one that was stopped goes on as if it had not been.
         torch.manual_seed(config.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
 
         inputs, targets = get_batch(training, config.batch_size, config.block_size)  # (B, T) each
         logits = model(inputs)  # (B, T) -> (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # one number
-        optimizer.zero_grad()
+        # Softmax, then the mean of -ln p of the targets. flatten lists all B * T questions in one row.
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B * T, V), (B * T,) -> one number
+        optimizer.zero_grad()  # gradients add up unless they are cleared
         loss.backward()
+        # Now and then a batch is so odd that its gradient, taken as one long arrow, is far longer than usual.
+        # *Clipping* (Pascanu et al., 2013) shortens it, so that one bad step does not undo many.
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
 
@@ -342,8 +592,11 @@ def train(model, optimizer, config, training, validation, start=0):
 
 
 # %% 8. Writing
-
-
+# To write, the model guesses, we choose one character by its probabilities, add it to the text, and ask
+# again. *Temperature* (Ackley et al., 1985) divides the logits first. Below 1 the likely gets likelier:
+# careful and repetitive. Above 1 all become more even: bold, then nonsense. At 0 only the likeliest is left.
+# *Top-k* (Fan et al., 2018) strikes out all but the k likeliest: each of the others is rare, but together
+# they come up often and derail the text.
 def probabilities(logits, temperature=1.0, top_k=0):
     """Logits (V,) -> the probabilities (V,) to choose by. top_k = 0 keeps all.
 
@@ -363,6 +616,21 @@ def probabilities(logits, temperature=1.0, top_k=0):
     return (logits / max(temperature, 1e-9)).softmax(0)  # 1e-9 is as good as 0, and can divide
 
 
+# The plainest loop that writes sends the whole context through the model for each new character:
+#
+#     for _ in range(length):
+#         logits = model(context[None, -block_size:])[0, -1]    # only the last position's are of use
+#         token = torch.multinomial(probabilities(logits), 1)   # draw one by these probabilities
+#         context = torch.cat([context, token])
+#
+# That is a waste. Earlier positions cannot see the new character, so their keys and values are what they were
+# the time before. The *key-value cache* keeps them: in `Attention`, they are put in front of the new one's. A
+# new character then costs the work of one position. Tiny writes 3 times as fast, medium 10 times, and the
+# text is the same.
+#
+# When the context is full, there is no position left to give. Keys and values depend on their position, so to
+# drop even one character is to compute all others anew. We drop the earlier half at once, send the rest
+# through afresh, and go on. So a text can be of any length.
 @torch.no_grad()
 def generate(model, tokenizer, prompt="", **settings):
     """Continue the prompt: an iterator over characters, each as soon as it is made.
@@ -381,11 +649,12 @@ def generate(model, tokenizer, prompt="", **settings):
         if len(context) > config.block_size:
             context = context[-max(1, config.block_size // 2) :]
             cache, start = {}, 0
-        logits = model(context[None, start:].to(device), cache, start)[0, -1]  # (1, T) -> (V,)
+        logits = model(context[None, start:].to(device), cache, start)[0, -1]  # (1, T) -> (V,); mostly T = 1
         start = len(context)
         weights = probabilities(logits.cpu(), config.temperature, config.top_k)  # (V,)
         token = torch.multinomial(weights, 1, generator=rng)  # (1,)
         context = torch.cat([context, token])
+        # Here a token is a character. Other tokenizers may take up to four for one: decode them together.
         new.append(token.item())
         text = tokenizer.decode(new)
         if not text.endswith("\ufffd") or len(new) == 4:
@@ -394,10 +663,80 @@ def generate(model, tokenizer, prompt="", **settings):
 
 
 # %% 9. The recipe
-
-
+# Back to the claim. The *recipe* is everything about training that is not the architecture. Here tiny begins
+# with the usual one, as nanoGPT (Karpathy, 2022) has it for a CPU: weights drawn at 0.02, 2,000 steps of 12
+# sequences of 64 characters, a rate that rises to 1e-3 in 100 steps and falls to a tenth of it, weight decay
+# 0.1. Then one change a row, keeping those above. All rows but the last read 1.5 million characters.
+# Validation loss, mean of five seeds; the README has the commands.
+#
+#                                                     loss   share of the way
+#     the usual recipe                                1.904
+#     initial weights of 1 / sqrt(C)                  1.837         32%
+#     twice the learning rate, 2e-3                   1.783         25%
+#     a tenth of all steps to warm up, then down to 0 1.790         -3%
+#     weight decay 0.3                                1.783          3%
+#     the head start (below)                          1.736         22%
+#     batches of 8 sequences of 64, in 3,000 steps    1.738         -1%
+#     8 sequences of 128, in 1,500 steps              1.717         10%
+#     2,500 steps: our default                        1.692         12%
+#
+# So nearly all of the way comes from five decisions, and the three largest are made before training starts:
+# how large the weights are drawn, how far the steps go, and where the heads look first. Not one of them is in
+# the architecture, and not one costs any computation.
+#
+# One run proves nothing. Our default's five seeds end at 1.700, 1.692, 1.680: the standard deviation is 0.01.
+# So of changes that do nothing, every few would look like a gain of 0.02 from one run each. Compare the same
+# five seeds with and without the change, and look at the mean difference next to its *standard error*, its
+# standard deviation divided by the root of 5. Within two of these, say that it makes no difference.
+#
+# What is each part worth? Tiny after 500 steps, without the part or with another in its place, mean of five
+# seeds; then the difference, and in brackets its standard error:
+#
+#     with all parts                                        1.87
+#     `is_causal=False` in Attention; it reads its answers0.03   -1.833 (0.006)
+#     without `self.attn`: what bigram does               2.54   +0.672 (0.005)
+#     without ln_1 and ln_2                               2.42   +0.552 (0.005)
+#     without `wpe` in GPT.forward                        2.40   +0.535 (0.006)
+#     without `x +` in Block, twice                       2.40   +0.530 (0.007)
+#     --batch-size 64 --steps 62                          2.33   +0.469 (0.010)
+#     --no-head-start                                     2.28   +0.414 (0.012)
+#     `std=0.02` in place of 1 / sqrt(C)                  2.13   +0.260 (0.014)
+#     without F.gelu                                      2.13   +0.265 (0.006)
+#     --n-head 1                                          2.07   +0.204 (0.005)
+#     --block-size 8 --batch-size 128                     2.01   +0.140 (0.006)
+#     torch.optim.SGD, --lr 1                             1.95   +0.080 (0.003)
+#     --final-lr 1                                        1.93   +0.068 (0.006)
+#     an MLP twice as wide as C                           1.90   +0.024 (nan)
+#     F.relu for F.gelu                                   1.88   +0.018 (0.002)
+#     a table of its own at the way out                   1.86   -0.003 (0.006)
+#
+# *The data* counts no less. Numbers pending.
+#
+# *The head start.* Every model of text must first discover that the last few characters matter most. Ours is
+# given it: the first block's heads begin by looking one, two, three and four characters back. These are only
+# initial weights; training may change all of it.
+#
+#     text           ... i s _ t h e _ q u [e]      what follows the e in brackets?
+#     heads look at                4 3 2 1          head 1 at the u, head 2 at the q, and so on
+#
+# It is hard to discover, since the vectors of character and position are added: what a query asks about the
+# place picks up something of the character. So tokens begin in the first three quarters of the channels and
+# positions in the last; the first block's queries and keys read only positions, its values only tokens.
+#
+# And positions begin as waves: C / 8 of them, of different lengths, each by its sine and cosine at that
+# place. At the same place all waves agree; elsewhere they disagree and cancel. So the dot product of two
+# places' waves tells whether they are the same. To move waves on by d places, one need not know where one is:
+# `shift` mixes sine and cosine, the same way everywhere. A head's query weights are its key weights, moved on
+# by d places: at any place they meet what the key weights met d places before.
 def shift(waves, angles):
-    """Move each wave on by its angle, exactly. (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)"""
+    """Move each wave on by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
+
+    >>> pace = torch.tensor([0.1, 0.5])  # two waves: their angles from one place to the next
+    >>> angles = torch.arange(10)[:, None] * pace  # (10, 1) * (2,) -> (10, 2)
+    >>> waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (10, 4) of ten places
+    >>> (waves @ shift(waves[5], 2 * pace)).argmax()  # two places on from 5
+    tensor(7)
+    """
     sin, cos = waves.chunk(2, dim=-1)  # (..., n) each
     c, s = angles.cos(), angles.sin()
     return torch.cat([sin * c + cos * s, cos * c - sin * s], dim=-1)
@@ -413,21 +752,48 @@ def head_start(model):
     angles = torch.arange(T)[:, None] * pace  # (T, 1) * (n,) -> (T, n)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, 2 n)
     model.wpe.weight[:, :where] = 0
-    model.wpe.weight[:, where:] = waves / math.sqrt(n)  # rows of length 1
+    model.wpe.weight[:, where:] = waves / math.sqrt(n)  # so that a row has length 1, like a token's
     model.wte.weight[:, where:] = 0
     model.wte.weight *= math.sqrt(C / where)  # rows as long as before
 
+    # In a layer's weights, each row makes one number, each column reads one channel.
     queries, keys, values = model.h[0].attn.c_attn.weight.split(C)  # (C, C) each
     queries[:, :where] = 0
     keys[:, :where] = 0
     values[:, where:] = 0
-    keys *= 3
+    keys *= 3  # and with them the queries: scores 9 times as large, so that softmax is nearly certain
     heads = zip(queries.chunk(n_head), keys.chunk(n_head))  # (head_size, C) each
     for d, (query, key) in enumerate(heads, start=1):
         query[:, where:] = shift(key[:, where:], d * pace)
 
 
+# *The other sizes* follow from tiny: the wider the model, the smaller its rate, about in inverse proportion
+# (Yang et al., 2022). Small and medium read our text many times, so their decay rises as their rate falls.
+#
+# *From here to the models in the news.* You have now seen every main part of a language model. What separates
+# it from those is first of all scale. A parameter costs two operations for each character on the way forward,
+# a multiplication and an addition, and four on the way back: six in all (Kaplan et al., 2020). So a step of
+# tiny, 420,000 parameters and 8 * 128 characters, at 0.1 trillion operations a second on a laptop's CPU:
+#
+# >>> print(f"{6 * 420_000 * (8 * 128) / 0.1e12:.3f} seconds")
+# 0.026 seconds
+#
+# Measured: 0.028 seconds on two cores. GPT-2 (Radford et al., 2019) has this file's architecture with word
+# pieces for characters, 124 million to 1.5 billion parameters, and 40 gigabytes of text. Today's models keep
+# the plan and change parts: positions as rotations of queries and keys (Su et al., 2021), a simpler
+# normalization (Zhang and Sennrich, 2019), an MLP with a gate (Shazeer, 2020). Then comes *post-training*:
+# the finished model goes on learning from conversations and from people's preferences (Ouyang et al., 2022),
+# and so a continuer of texts becomes an assistant.
+#
+# *To read on*: "Attention is all you need" beside its code in "The annotated transformer" (Rush, 2018);
+# GPT-2's own paper; "A mathematical framework for transformer circuits"; and nanoGPT, which trains GPT-2 on
+# many GPUs.
+#
+# Here the lesson ends. What follows makes a program of it.
+
+
 # %% 10. Files and devices
+# Where there is no input.txt, Tiny Shakespeare is fetched, which char-rnn (Karpathy, 2015) made famous.
 
 TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -443,6 +809,11 @@ def read_text(path):
         raise OSError(f"can't read {path} as UTF-8 ({error}): name a text with --data") from None
 
 
+# A *checkpoint* is a file with a model in it and, while its run goes on, with all that it takes to go on. A
+# run is first saved at its first evaluation; from then on at each, and every minute. Until that first time,
+# an earlier model under the same name stays where it is; then it gets .old behind its name. So Ctrl-C, a
+# crash and a power cut are one case: `--resume` goes on from the last save and ends, to the bit, like a run
+# that was left alone.
 def save(path, model, tokenizer, progress=None, keep_old=False):
     """Write a checkpoint, a dict, to a file, whole or not at all. Raises OSError.
 
@@ -452,12 +823,14 @@ def save(path, model, tokenizer, progress=None, keep_old=False):
         best                         the weights with the lowest validation loss ("model" has the newest)
         data, sha256                 where the text is, and its fingerprint
 
-    progress: all but the first three. Of several processes only the first writes.
+    progress: all but the first three. keep_old: call what is there .old. Of several processes only the first
+    writes.
     """
     model = getattr(model, "_orig_mod", model)  # the model inside what torch.compile gives
     content = dict(progress or {}, config=asdict(model.config), characters=tokenizer.characters)
     content["model"] = model.state_dict()
     if RANK == 0:
+        # First beside the old file, then in its place: at every moment one of the two is whole.
         with open(f"{path}.part", "wb") as file:
             torch.save(content, file)
             file.flush()
@@ -488,6 +861,8 @@ def load(path="gpt.pt", device="cpu"):
     return model.to(device).eval(), CharTokenizer(found["characters"])
 
 
+# The same code runs on a CPU, on NVIDIA's GPUs (cuda) and on Apple's (mps): what is computed from tensors on
+# a device is computed there. Only the larger sizes have work for all of a GPU's cores.
 def pick_device(name):
     """The torch.device of this name; auto is a GPU if there is one. Raises ValueError."""
     if name == "auto" and torch.accelerator.is_available():
@@ -500,6 +875,9 @@ def pick_device(name):
         raise ValueError(f"--device {name} is not there: try auto, cpu, cuda, cuda:1 or mps") from None
 
 
+# A float32 has 24 bits of precision, more than training needs. *bfloat16* reaches as far with 8 bits of
+# precision, and GPUs from 2020 on multiply such numbers many times faster. In *mixed precision* (Micikevicius
+# et al., 2018) linear layers and attention compute with 16-bit copies; weights and optimizer stay in float32.
 class BFloat16(nn.Module):
     """The same model, computing in 16 bits where that is safe: tokens (B, T) -> logits (B, T, V)."""
 
@@ -512,16 +890,23 @@ class BFloat16(nn.Module):
             return self.model(tokens).float()
 
 
+# *Data parallelism* (Li et al., 2020), for `torchrun --nproc_per_node 2 gpt.py`: each process has the whole
+# model and its part of each batch. Gradients are averaged, so all take the step that one would take with the
+# whole.
+#
+#     process 0    sequences 0, 2, 4, 6  --->  gradient  --+
+#                                                          +--->  mean  --->  the same step in both
+#     process 1    sequences 1, 3, 5, 7  --->  gradient  --+
 def speed_up(model, device):
     """A faster way to compute with the same parameters: tokens (B, T) -> logits (B, T, V)."""
     dtype, compile = model.config.dtype, model.config.compile
     new_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # from 2020 on
     if dtype == "bfloat16" or (dtype == "auto" and new_gpu):
         model = BFloat16(model)
-    if WORLD_SIZE > 1:  # each process has the whole model, and all average their gradients
+    if WORLD_SIZE > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         model = nn.parallel.DistributedDataParallel(model)
-    return torch.compile(model) if compile else model
+    return torch.compile(model) if compile else model  # takes a while at first: for long runs
 
 
 def draw(path, progress):
@@ -536,9 +921,11 @@ def draw(path, progress):
 
 
 # %% 11. The command line
-
-
+# Wrong input is found before anything is written, in `parse`, `check` and `build`, and answered by `main` in
+# one line. Later errors are not expected, and show all that Python has to say about them.
 class Parser(argparse.ArgumentParser):
+    """A parser whose errors are like all others here, instead of printing and exiting."""
+
     def error(self, message):
         raise ValueError(message)
 
@@ -574,6 +961,7 @@ def parse(argv):
     return args, config, found
 
 
+# The other numbers have to be more than 0; none may be less.
 MAY_BE_0 = ("warmup", "final_lr", "weight_decay", "beta2", "dropout", "seed", "temperature", "top_k")
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
@@ -639,7 +1027,7 @@ def run(args, model, tokenizer, tokens, progress):
         print(f"    {name} {loss:.2f} nats per character")
     print(f"The model has {sum(p.numel() for p in model.parameters()):,} parameters and is on {device}.")
     optimizer = make_optimizer(model, config)
-    if args.resume:  # the state as it was, the settings as the flags say
+    if args.resume:  # its state is as it was saved, its settings are those of the flags
         optimizer.load_state_dict(progress["optimizer"])
         for group, settings in zip(optimizer.param_groups, make_optimizer(model, config).param_groups):
             group.update(settings)
@@ -653,19 +1041,17 @@ def run(args, model, tokenizer, tokens, progress):
         now = time.monotonic()
         if val_loss is not None or step % 100 == 0:
             recent = progress["train_losses"][-20:]  # one batch is easy or hard by chance
-            line = f"step {step:,} of {config.steps:,}  train loss {sum(recent) / len(recent):.3f}"
-            line += "" if val_loss is None else f"  val loss {val_loss:.4f}"
             left = (now - began) / (step - start) * (config.steps - step)
-            print(line + f"  {left:.0f} seconds left", flush=True)
+            train_loss = f"train loss {sum(recent) / len(recent):.3f}"
+            print(f"step {step:,} of {config.steps:,}  {train_loss}  {left:.0f} seconds left", flush=True)
         if val_loss is not None:
             progress["val_losses"].append([step, val_loss])
             if val_loss == min(loss for _, loss in progress["val_losses"]):
                 progress["best"] = {name: weight.clone() for name, weight in model.state_dict().items()}
-            sample = "".join(generate(model, tokenizer, length=120))
-            print("    | " + sample.replace("\n", "\n    | "), flush=True)
+            sample = "".join(generate(model, tokenizer, length=120)).replace("\n", "\n    | ")
+            print(f"    val loss {val_loss:.4f}; it now writes:\n    | {sample}", flush=True)
             if args.plot:
                 draw(args.plot, progress)
-        # A run is saved at its first evaluation, and from then on at each, and every minute.
         if val_loss is not None or (progress["val_losses"] and now - saved > 60):
             first = progress["step"] == 0
             progress |= {"step": step, "optimizer": optimizer.state_dict()}

@@ -111,10 +111,12 @@ def test_the_loss_falls_from_uniform_to_below_bigram():
 def test_one_seed_gives_one_result_to_the_bit():
     config = replace(SMALL, dropout=0.1)
     (model, results), (again, results_again) = trained(config), trained(config)
-    other, _ = trained(replace(config, seed=2))
+    other_seed = replace(config, seed=2)
+    other, _ = trained(other_seed, gpt.GPT(config))
     assert results == results_again and same(model.state_dict(), again.state_dict())
     assert written(model, "HAMLET:") == written(again, "HAMLET:") != written(model, "HAMLET:", seed=5)
     assert not same(model.state_dict(), other.state_dict())
+    assert not same(gpt.GPT(config).state_dict(), gpt.GPT(other_seed).state_dict())
 
 
 # ---------------------------------------------------------------- the examples in the comments
@@ -157,12 +159,6 @@ def test_the_baselines_are_what_plain_counting_gives():
     found = gpt.baselines(TOKENS[:3000], TOKENS[3000:4000], V)
     assert found["bigram"] == pytest.approx(total / 999, rel=1e-4)
     assert found["uniform"] == math.log(V)
-
-
-def test_a_tenth_is_for_validation_but_at_most_a_million():
-    for n, m in [(1000, 100), (15, 2), (30_000_000, 1_000_000)]:
-        training, validation = gpt.split(torch.empty(n, dtype=torch.bool))
-        assert (len(training), len(validation)) == (n - m, m)
 
 
 # ---------------------------------------------------------------- 2 to 5: the model
@@ -238,7 +234,6 @@ def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine():
     assert math.isclose(rate[0], 2e-5) and math.isclose(rate[49], 1e-3) and math.isclose(max(rate), 2e-3)
     assert rate.index(max(rate)) in (99, 100) and math.isclose(rate[549], 1.1e-3, rel_tol=0.01)
     assert math.isclose(rate[-1], 2e-4) and rate[100:] == sorted(rate[100:], reverse=True)
-    assert math.isclose(gpt.learning_rate(0, replace(config, warmup=0.0)), 2e-3)
 
 
 def test_the_optimizer_follows_the_schedule():
@@ -464,8 +459,7 @@ def python(*arguments, folder, **how):
 def saved(path="gpt.pt"):
     """What is in a checkpoint, in a form that can be compared."""
     found = torch.load(path, weights_only=True)
-    weights = {name: weight.tolist() for name, weight in found["model"].items()}
-    return found | {"model": weights}
+    return found | {"model": {name: weight.tolist() for name, weight in found["model"].items()}}
 
 
 def test_the_program_trains_and_writes_the_same_in_every_start_of_python(tmp_path):
@@ -530,7 +524,6 @@ BAD_INPUT = """
 --steps 0                               | --steps
 --lr nan                                | --lr
 --warmup 100                            | --warmup
---dropout 1                             | --dropout
 --beta2 1.5                             | --beta2
 --grad-clip 0                           | --grad-clip
 --size huge                             | huge tiny small medium gpt2
@@ -541,10 +534,8 @@ BAD_INPUT = """
 --out input.txt                         | --out .pt
 --plot nowhere/loss.png                 | nowhere
 --plot loss.xyz                         | xyz
---size                                  | --size
 --length 0                              | --length
 --generate --out done.pt --prompt ß     | ß
---temperature -1                        | --temperature
 --resume                                | gpt.pt
 --resume --out done.pt                  | ended --init-from
 --resume --out open.pt --data other.txt | other.txt open.pt
