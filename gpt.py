@@ -3,10 +3,10 @@
 # dependencies = ["torch>=2.6"]
 # ///
 """
-A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained from scratch on the characters
-of Shakespeare's plays, with PyTorch alone, on a laptop. Its claim: with the same architecture, how a model is
-trained decides how good it gets, and how soon. Trained by the recipe on this page, a model half as deep is as
-good as the usual tutorial's in a seventh of the time. In little more than a minute, from random numbers to this:
+A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained from scratch on Shakespeare's
+plays, with PyTorch alone, on a laptop. Its claim: with the same architecture, how a model is trained decides
+how good it gets, and how soon. Trained by the recipe on this page, a model half as deep is as good as the usual
+tutorial's in a seventh of the time. In little more than a minute, it goes from random numbers to this:
 
     EMILIA:
     Acceed, Give me, I am eath anon.
@@ -257,10 +257,10 @@ def attention_by_hand(query, key, value):
     # `@` makes the dot product of each row on its left with each column on its right; .T turns rows into
     # columns. Row i, column j: the score that position i gives to position j.
     scores = query @ key.T  # (T, head_size) @ (head_size, T) -> (T, T)
-    # Why divide by the root of head_size, the length of these vectors (32 in tiny)? Add up 32 products of random
-    # sign and size 1: they partly cancel, and chance alone gives about 5.7, the root of 32. Softmax exaggerates:
-    # a score 5.7 ahead gets almost 300 times the weight. Undivided, a position could stare at one random place
-    # before it had learned anything.
+    # Why divide by the root of head_size, the length of these vectors (32 in tiny)? Add up 32 products of
+    # random sign and size 1: they partly cancel, and chance alone gives about 5.7, the root of 32. Softmax
+    # exaggerates: a score 5.7 ahead gets almost 300 times the weight. Undivided, a position could stare at
+    # one random place before it had learned anything.
     scores = scores / math.sqrt(query.size(-1))  # (T, T)
     ahead = torch.ones_like(scores).triu(1).bool()  # (T, T) true where column > row: above the diagonal
     weights = scores.masked_fill(ahead, -math.inf).softmax(-1)  # (T, T) each row adds up to 1
@@ -289,8 +289,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        # `view` cuts the last dimension into pieces. `permute` reorders dimensions: the 3 in front, to be taken
-        # apart as q, k and v; heads before positions, so that each head has its own table of scores.
+        # `view` cuts the last dimension into pieces. `permute` reorders dimensions: the 3 in front, to be
+        # taken apart as q, k and v; heads before positions, so that each head has its own table of scores.
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, n_head, head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
         if cache is not None:  # only for writing: what this layer keeps, see section 8
@@ -689,7 +689,7 @@ def generate(model, tokenizer, prompt="", **settings):
 #     --block-size 8 --batch-size 128               2.01   +0.140   0.006
 #     torch.optim.SGD, --lr 1                       1.95   +0.080   0.003
 #     --final-lr 1                                  1.93   +0.068   0.006
-#     --dropout 0.1                                 1.94   +0.076   0.002
+#     --dropout 0.1                                 1.94   +0.075   0.002
 #     an MLP twice as wide as C                     1.90   +0.037   0.006
 #     F.relu for F.gelu                             1.88   +0.018   0.002
 #     an MLP eight times as wide                    1.85   -0.020   0.003
