@@ -5,8 +5,8 @@
 """
 A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained from scratch on Shakespeare's
 plays, with PyTorch alone, on a laptop. Its claim: with the same architecture, how a model is trained decides
-how good it gets, and how soon. Trained by the recipe on this page, a model half as deep is as good as the usual
-tutorial's in a seventh of the time. In little more than a minute, it goes from random numbers to this:
+how good it gets, and how soon. Trained by the recipe on this page, a model half as deep is as good as the
+usual tutorial's in a seventh of the time. In little more than a minute, it goes from random numbers to this:
 
     EMILIA:
     Acceed, Give me, I am eath anon.
