@@ -14,6 +14,9 @@ usual tutorial's in a seventh of the time. In little more than a minute, it goes
     ROSALIND:
     Which is by thee, and yonderims of flamer for and you didst so?
 
+    LORENZO:
+    Not gone, I do bear to thee not be the fair
+
     python gpt.py                                    train the tiny model on input.txt, then write a scene
     python gpt.py --generate --prompt "HAMLET:"      write more, with the model that is now in gpt.pt
     python gpt.py --help                             all settings, with their defaults
@@ -492,8 +495,7 @@ def make_optimizer(model, config):
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    # fused: all parameters in one go, which is faster.
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)  # fused: faster
 
 
 # A learning rate that is too small wastes time, one too large throws away what was learned. The best is large
@@ -606,7 +608,7 @@ def probabilities(logits, temperature=1.0, top_k=0):
 #
 # That is a waste. Earlier positions cannot see the new character, so their keys and values are what they were
 # the time before. The *key-value cache* keeps them: in `Attention`, they are put in front of the new one's. A
-# new character then costs the work of one position. Tiny writes 3 times as fast, medium 10 times, and the
+# new character then costs the work of one position. Tiny writes 2.6 times as fast, small 3.8 times, and the
 # text is the same.
 #
 # When the context is full, there is no position left to give. If one character is dropped, all others move to
@@ -650,14 +652,14 @@ def generate(model, tokenizer, prompt="", **settings):
 # 0.1. Then one change a row, keeping those above. All rows but the last read 1.5 million characters.
 # Validation loss, mean of five seeds; the README has the commands.
 #                                                     loss   share of the way
-#     the usual recipe                                1.903
+#     the usual recipe                                1.904
 #     initial weights of 1 / sqrt(C)                  1.833         33%
-#     twice the learning rate, 2e-3                   1.781         24%
+#     twice the learning rate, 2e-3                   1.780         24%
 #     a tenth of all steps to warm up, then down to 0 1.785         -2%
 #     weight decay 0.3                                1.778          3%
 #     the head start (below)                          1.728         23%
-#     batches of 8 sequences of 64, in 3,000 steps    1.729          0%
-#     8 sequences of 128, in 1,500 steps              1.728          0%
+#     batches of 8 sequences of 64, in 3,000 steps    1.730         -1%
+#     8 sequences of 128, in 1,500 steps              1.728          1%
 #     2,500 steps: our default                        1.690         18%
 #
 # Four fifths of the way are the weights' size, the rate and the head start. They are chosen before training
@@ -665,9 +667,10 @@ def generate(model, tokenizer, prompt="", **settings):
 # schedule, the smaller batches and the longer context make no difference that five seeds could show; they
 # stay because the rest was tuned beside them. The last row is patience.
 #
-# In time, on two cores: a plain script of the usual recipe, with nanoGPT's four layers, ends at 1.90 after 75
-# seconds. Ours ends at 1.70 after 70; and with settings for haste, `--block-size 64 --lr 3e-3 --steps 700`,
-# it is at 1.89 after 10. Short contexts make cheap steps, and in a short run the rate can be higher.
+# In time, on two cores, medians of three seeds: a plain script of the usual recipe, with nanoGPT's four
+# layers, ends at 1.90 after 89 seconds. Ours, with two, ends at 1.69 after 67. With settings for haste,
+# `--block-size 64 --lr 3e-3 --steps 700`, it is at 1.89 after 11: short contexts make cheap steps, and in a
+# short run the rate can be higher.
 #
 # One run proves nothing. Our default's five seeds end at 1.700, 1.692, 1.680, 1.687 and 1.691: a standard
 # deviation of 0.007. Two runs that differ in nothing but their seeds are 0.009 apart on average. So compare
@@ -684,26 +687,26 @@ def generate(model, tokenizer, prompt="", **settings):
 #     without `x +` in Block, twice                 2.40   +0.530   0.007
 #     --batch-size 64 --steps 62                    2.33   +0.469   0.010
 #     --no-head-start                               2.28   +0.414   0.012
-#     `std=0.02` in place of 1 / sqrt(C)            2.13   +0.260   0.014
 #     without F.gelu                                2.13   +0.265   0.006
+#     `std=0.02` in place of 1 / sqrt(C)            2.13   +0.260   0.014
 #     --n-head 1                                    2.07   +0.204   0.005
 #     --block-size 8 --batch-size 128               2.01   +0.140   0.006
-#     torch.optim.SGD, --lr 1                       1.95   +0.080   0.003
-#     --final-lr 1                                  1.93   +0.068   0.006
-#     scores not divided by sqrt(head_size)         1.89   +0.023   0.003
-#     --dropout 0.1                                 1.94   +0.073   0.002
 #     without the output projection                 1.95   +0.085   0.002
+#     torch.optim.SGD, --lr 1                       1.95   +0.080   0.003
+#     --dropout 0.1                                 1.94   +0.073   0.002
+#     --final-lr 1                                  1.93   +0.068   0.006
 #     an MLP twice as wide as C                     1.90   +0.037   0.006
+#     scores not divided by sqrt(head_size)         1.89   +0.023   0.003
 #     F.relu for F.gelu                             1.88   +0.018   0.002
-#     an MLP eight times as wide                    1.85   -0.020   0.003
-#     a table of its own at the way out             1.86   -0.003   0.006
+#     --grad-clip inf                               1.88   +0.010   0.003
 #     --warmup 0                                    1.87   +0.006   0.003
 #     --weight-decay 0                              1.87   +0.005   0.001
+#     an MLP eight times as wide                    1.85   -0.020   0.003
 #
 # *The data* decides as much as the recipe. Trained on half of the plays, at the same number of steps, tiny
-# ends at 1.76 instead of 1.69. And *fine-tuning*, to go on training a finished model on another text: a model
-# of eight plays, after 300 steps on the other two, is at 1.58 on unseen parts of those; 300 steps from
-# nothing give 1.90, 2,500 give 1.61.
+# ends at 1.79 instead of 1.69. *Fine-tuning* means to train a finished model further on another text. A model
+# of eight plays, trained for 300 steps more on the other two, is at 1.58 on parts of those that it has not
+# seen; 300 steps from nothing end at 1.91, and 2,500 at 1.61.
 #
 # *The head start.* Every model of text must first discover that the last few characters matter most. Ours is
 # given it: the first block's first head begins by looking one character back, its second two, and so on.
@@ -762,23 +765,20 @@ def head_start(model):
 
 
 # *The other sizes* follow from tiny: the wider the model, the smaller its rate, about in inverse proportion
-# (Yang et al., 2022). A step shrinks a weight by rate times decay, and small and medium keep that near tiny's
+# (Yang et al., 2022); small and medium keep rate times decay, by which a step shrinks a weight, near tiny's
 # 0.0006.
 #
 # *From here to the models in the news.* You have now seen every main part of a language model. What separates
-# it from those is first of all scale. A weight costs two operations for each character on the way forward, a
-# multiplication and an addition, and four on the way back (Kaplan et al., 2020). So a step of tiny, 6
-# operations times 420,000 parameters times 8 * 128 characters, takes 0.026 seconds at 0.1 trillion operations
-# a second, a laptop's pace; measured on two cores: 0.028. GPT-2 (Radford et al., 2019) has this file's
-# architecture with word pieces for characters, 124 million to 1.5 billion parameters, and 40 gigabytes of
-# text. Today's models keep the plan and change parts: positions as rotations of queries and keys (Su et al.,
-# 2021), a simpler normalization (Zhang and Sennrich, 2019), an MLP with a gate (Shazeer, 2020). Then comes
-# *post-training*: the finished model goes on learning from conversations and from people's preferences
-# (Ouyang et al., 2022), and so a continuer of texts becomes an assistant.
+# it from those is first of all scale. Each weight takes part in six operations for each character that is
+# trained on (Kaplan et al., 2020): 2.6 billion for a step of tiny, 0.024 seconds on two cores. GPT-2 (Radford
+# et al., 2019) has this file's architecture with word pieces for characters, 124 million to 1.5 billion
+# parameters, and 40 gigabytes of text. Today's models keep the plan and change parts: positions as rotations
+# of queries and keys (Su et al., 2021), a simpler normalization (Zhang and Sennrich, 2019), an MLP with a
+# gate (Shazeer, 2020). Then comes *post-training*: the finished model goes on learning from conversations and
+# from people's preferences (Ouyang et al., 2022), and so a continuer of texts becomes an assistant.
 #
-# *To read on*: "The annotated transformer" (Rush, 2018), "Attention is all you need" beside its code; GPT-2's
-# own paper; nanoGPT, which trains GPT-2 on many GPUs. Here the lesson ends. What follows makes a program of
-# it.
+# *To read on*: "The annotated transformer" (Rush, 2018); GPT-2's own paper; nanoGPT, which trains GPT-2
+# itself. Here the lesson ends. What follows makes a program of it.
 
 
 # %% 10. Files and devices
@@ -812,13 +812,12 @@ def save(path, model, tokenizer, progress=None, keep_old=False):
         best                         the weights with the lowest validation loss ("model" has the newest)
         data, sha256                 where the text is, and its fingerprint
 
-    progress: all but the first three. keep_old: call what is there .old. Of several processes only the first
-    writes.
+    progress: all but the first three. keep_old: what is there gets .old behind its name.
     """
     model = getattr(model, "_orig_mod", model)  # the model inside what torch.compile gives
     content = dict(progress or {}, config=asdict(model.config), characters=tokenizer.characters)
     content["model"] = model.state_dict()
-    if RANK == 0:
+    if RANK == 0:  # of several processes only the first writes
         # First beside the old file, then in its place: at every moment one of the two is whole.
         with open(f"{path}.part", "wb") as file:
             torch.save(content, file)
@@ -977,10 +976,7 @@ def check(args, config, found):
 
 
 def build(args, config, found):
-    """All that a run needs: model, tokenizer, tokens (N,) and progress (see `save`). Writes nothing.
-
-    found: the checkpoint to start from, or None. Raises OSError or ValueError for what a user can put right.
-    """
+    """What a run needs: model, tokenizer, tokens (N,) and progress (see `save`). Raises OSError, ValueError."""
     text = "" if args.generate else read_text(args.data)
     tokenizer = CharTokenizer(found["characters"]) if found else CharTokenizer.from_text(text)
     tokens = tokenizer.encode(text)
