@@ -4,9 +4,10 @@
 # ///
 """
 A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained from scratch on Shakespeare's
-plays, with PyTorch alone, on a laptop. Its claim: with the same architecture, how a model is trained decides
-how good it gets, and how soon. Trained by the recipe on this page, a model half as deep is as good as the
-usual tutorial's in a seventh of the time. In little more than a minute, it goes from random numbers to this:
+plays, with PyTorch alone, on a laptop. Its claim: with the same architecture (which layers there are and how
+they are connected), how a model is trained decides how good it gets, and how soon. Trained in haste by the
+recipe on this page, a model half as deep is as good as the usual tutorial's in a seventh of the time. With
+its default settings it goes, in little more than a minute, from random numbers to this:
 
     EMILIA:
     Acceed, Give me, I am eath anon.
@@ -30,7 +31,8 @@ about the input.txt that comes with it, ten plays; where there is none, another 
 
 Read from the top. You need Python, and no idea of neural networks. Lines that begin with >>> are examples
 with their results; the tests run them. PyTorch computes with *tensors*, tables of numbers with any number of
-dimensions; a -1 as in softmax(-1) names the last dimension, and `.item()` makes a Python number of a tensor.
+dimensions; a -1 as in softmax(-1) names the last dimension, `.item()` makes a Python number of a tensor, and
+`.long()` integers that can be an index. Losses are those of `tiny`, the default and smallest of four sizes.
 A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
 
     B  batch: how many pieces of text go through the model at once, each on its own
@@ -173,7 +175,7 @@ def split(tokens):
 # log2; a nat is 1.44 bits.
 #
 # e to the power of the loss says between how many equally likely characters the model hesitates. An even
-# guess among 65 costs ln 65 = 4.17. Tiny will end near 1.69, as if it hesitated between 5 or 6.
+# guess among 65 costs ln 65 = 4.17. Tiny will end near 1.69, as if it hesitated among 5 or 6.
 #
 # What can be had without any network? These are our *baselines*, with their losses on the validation part:
 #     uniform    an even guess                                                    4.17
@@ -350,8 +352,8 @@ class MLP(nn.Module):
 #
 # *Layer normalization* (Ba et al., 2016), ln_1 and ln_2, gives each vector mean 0 and standard deviation 1
 # (the typical distance from the mean). So a layer gets input of the same size, however much those before have
-# added. Then each channel has a learned scale, at first 1, and a learned shift, at first 0. Without it 2.42
-# instead of 1.87.
+# added; else attention scores would grow with the stream, until softmax is all or nothing. Then each channel
+# has a learned scale, at first 1, and a learned shift, at first 0. Without it 2.42 instead of 1.87.
 # >>> F.layer_norm(torch.tensor([1.0, 2.0, 3.0]), [3])
 # tensor([-1.2247,  0.0000,  1.2247])
 #
@@ -388,8 +390,8 @@ class Block(nn.Module):
 # products, which grows with the root of C, as in section 2. Weights of typical size 1 / sqrt(C) cancel that
 # (LeCun et al., 1998). (The MLP's second layer sums 4 C, but GELU has made most of those small.) At width 128
 # this is 0.088. GPT-2 drew its weights at 0.02, not far off at its widths of 768 to 1,600. At ours, each
-# layer would speak four times too softly, whatever normalization does to its input, and the first few hundred
-# steps go into making it louder: 2.13 instead of 1.87.
+# layer would speak four times too softly: normalization evens out what goes into a layer, not what comes out.
+# The first few hundred steps go into making it louder: 2.13 instead of 1.87.
 class GPT(nn.Module):
     """The whole model: tokens (B, T) -> logits (B, T, V), at each position for the token after it."""
 
@@ -487,9 +489,9 @@ def get_batch(tokens, batch_size, block_size):
 # >>> weight.data
 # tensor([0.9000, 0.9000])
 #
-# *Weight decay*, the W, shrinks each weight a little in every step. What the data does not keep asking for
-# fades. A text learned by heart takes many large weights for its single places, so decay holds that back.
-# Only matrices decay: biases are few, and the neutral value of a normalization's scale is 1, not 0.
+# *Weight decay*, the W, shrinks each weight a little in every step. To learn single places by heart takes
+# weights that few examples keep asking for; decay wears those down first. Only matrices decay: biases are
+# few, and the neutral value of a normalization's scale is 1, not 0.
 def make_optimizer(model, config):
     """AdamW over all parameters of the model, with weight decay on the matrices alone."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
@@ -498,8 +500,8 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)  # fused: faster
 
 
-# A learning rate that is too small wastes time, one too large throws away what was learned. The best is large
-# early and small at the end:
+# A learning rate that is too small wastes time, one too large throws away what was learned. The best rises
+# from near 0, is large early and small at the end:
 #     2e-3 |    .-'''-.
 #          |  /         '-.
 #        0 |/______________'''--.
@@ -608,8 +610,8 @@ def probabilities(logits, temperature=1.0, top_k=0):
 #
 # That is a waste. Earlier positions cannot see the new character, so their keys and values are what they were
 # the time before. The *key-value cache* keeps them: in `Attention`, they are put in front of the new one's. A
-# new character then costs the work of one position. Tiny writes 2.6 times as fast, small 3.8 times, and the
-# text is the same.
+# new character then costs the work of one position. Tiny writes 2.6 times as fast, small 3.8 times, and until
+# the context is full the text is the same.
 #
 # When the context is full, there is no position left to give. If one character is dropped, all others move to
 # new positions, and their keys and values must be computed anew. So we drop the earlier half at once, send
@@ -637,7 +639,7 @@ def generate(model, tokenizer, prompt="", **settings):
         weights = probabilities(logits.cpu(), config.temperature, config.top_k)  # (V,)
         token = torch.multinomial(weights, 1, generator=rng)  # (1,)
         context = torch.cat([context, token])
-        # Here a token is a character. Other tokenizers may take up to four for one: decode them together.
+        # For tokenizers in which a character may take several tokens, up to four: decode them together.
         new.append(token.item())
         text = tokenizer.decode(new)
         if not text.endswith("\ufffd") or len(new) == 4:
@@ -662,20 +664,21 @@ def generate(model, tokenizer, prompt="", **settings):
 #     8 sequences of 128, in 1,500 steps              1.728          1%
 #     2,500 steps: our default                        1.690         18%
 #
-# Four fifths of the way are the weights' size, the rate and the head start. They are chosen before training
-# begins, they cost no computation, and none of them is architecture. Weight decay gains a little. The
+# Four fifths of the way are the weights' size, the rate and the head start. They cost no computation, and
+# none of them is architecture. Weight decay gains a little (0.007, its standard error 0.001; see below). The
 # schedule, the smaller batches and the longer context make no difference that five seeds could show; they
 # stay because the rest was tuned beside them. The last row is patience.
 #
-# In time, on two cores, medians of three seeds: a plain script of the usual recipe, with nanoGPT's four
-# layers, ends at 1.90 after 89 seconds. Ours, with two, ends at 1.69 after 67. With settings for haste,
-# `--block-size 64 --lr 3e-3 --steps 700`, it is at 1.89 after 11: short contexts make cheap steps, and in a
-# short run the rate can be higher.
+# In time, on two cores, three seeds: a plain script of the usual recipe, with nanoGPT's four layers, ends at
+# 1.90 after 77 to 90 seconds. Ours, with two, ends at 1.69 after 64 to 77. With settings for haste,
+# `--block-size 64 --lr 3e-3 --steps 700`, it is at 1.89 after 10 to 14, seven times sooner: short contexts
+# make cheap steps, and in a short run the rate can be higher.
 #
 # One run proves nothing. Our default's five seeds end at 1.700, 1.692, 1.680, 1.687 and 1.691: a standard
 # deviation of 0.007. Two runs that differ in nothing but their seeds are 0.009 apart on average. So compare
 # the same five seeds with and without a change, and look at the mean difference next to its *standard error*,
-# its standard deviation divided by the root of 5. Within two of these, the runs do not show which is better.
+# the standard deviation of the five differences divided by the root of 5. Within two of these, the runs do
+# not show which is better.
 #
 # What is each part worth? Tiny after 500 steps, without the part or with another in its place: the loss, the
 # difference and its standard error, from five seeds.
@@ -710,8 +713,9 @@ def generate(model, tokenizer, prompt="", **settings):
 #
 # *The head start.* Every model of text must first discover that the last few characters matter most. Ours is
 # given it: the first block's first head begins by looking one character back, its second two, and so on.
-# These are only initial weights; training may change all of it. In longer runs others catch up: after 500
-# steps it gains 0.41, in the table above 0.05.
+# These are only initial weights; training may change all of it. In longer runs models without it catch up:
+# after 500 steps it gains 0.41, in the recipe's table 0.05. How it is done may wait for a second reading:
+# then go on to *The other sizes*.
 #     text           ... i s _ t h e _ q u [e]      what follows the e in brackets?
 #     heads look at                4 3 2 1          head 1 at the u, head 2 at the q, and so on
 #
@@ -769,13 +773,14 @@ def head_start(model):
 # 0.0006.
 #
 # *From here to the models in the news.* You have now seen every main part of a language model. What separates
-# it from those is first of all scale. Each weight takes part in six operations for each character that is
-# trained on (Kaplan et al., 2020): 2.6 billion for a step of tiny, 0.024 seconds on two cores. GPT-2 (Radford
-# et al., 2019) has this file's architecture with word pieces for characters, 124 million to 1.5 billion
-# parameters, and 40 gigabytes of text. Today's models keep the plan and change parts: positions as rotations
-# of queries and keys (Su et al., 2021), a simpler normalization (Zhang and Sennrich, 2019), an MLP with a
-# gate (Shazeer, 2020). Then comes *post-training*: the finished model goes on learning from conversations and
-# from people's preferences (Ouyang et al., 2022), and so a continuer of texts becomes an assistant.
+# it from those is first of all scale. Each weight takes part in six operations for each character, two
+# forward and four backward (Kaplan et al., 2020): 2.6 billion for a step of tiny, 0.024 seconds on two cores.
+# GPT-2 (Radford et al., 2019) has this file's architecture with word pieces for characters, 124 million to
+# 1.5 billion parameters, and 40 gigabytes of text. Today's models keep the plan and change parts: positions
+# as rotations of queries and keys (Su et al., 2021), a simpler normalization (Zhang and Sennrich, 2019), an
+# MLP with a gate (Shazeer, 2020). Then comes *post-training*: the finished model goes on learning from
+# conversations and from people's preferences (Ouyang et al., 2022), and so a continuer of texts becomes an
+# assistant.
 #
 # *To read on*: "The annotated transformer" (Rush, 2018); GPT-2's own paper; nanoGPT, which trains GPT-2
 # itself. Here the lesson ends. What follows makes a program of it.
@@ -908,8 +913,8 @@ def draw(path, progress):
 
 
 # %% 11. The command line
-# Wrong input is found before anything is written, by `parse`, `check` and `build`, and `main` answers it in
-# one line. Later errors are not expected, and show all that Python has to say about them.
+# Wrong input is found before training starts, by `parse`, `check` and `build`, and `main` answers it in one
+# line. Later errors are not expected, and show all that Python has to say about them.
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
@@ -976,7 +981,7 @@ def check(args, config, found):
 
 
 def build(args, config, found):
-    """What a run needs: model, tokenizer, tokens (N,) and progress (see `save`). Raises OSError, ValueError."""
+    """What a run needs: model, tokenizer, tokens (N,), progress (see `save`). Raises OSError, ValueError."""
     text = "" if args.generate else read_text(args.data)
     tokenizer = CharTokenizer(found["characters"]) if found else CharTokenizer.from_text(text)
     tokens = tokenizer.encode(text)
