@@ -38,13 +38,11 @@ A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, 
     B  batch: how many pieces of text go through the model at once, each on its own
     T  time: how many characters each piece has, at most block_size
     C  channels: how many numbers stand for one character inside the model, n_embd
-    V  vocabulary: how many different characters there are, vocab_size
-    N  the number of characters in a text
+    V  vocabulary: how many different characters there are, vocab_size; N: how many a text has
 """
 
 # %% 0. Settings
-# Everything that can be set. On a first reading go on to section 1: each section explains its own settings.
-# On the command line all but the last are flags: `--n-layer 4`.
+# On a first reading go on to section 1: each section explains its settings. All but the last are also flags.
 
 import argparse
 import hashlib
@@ -64,7 +62,6 @@ from torch.nn import functional as F
 
 
 def setting(default, help):
-    """One row of the table: the default, and what --help says of it."""
     return field(default=default, metadata={"help": help})
 
 
@@ -97,12 +94,10 @@ class Config:
     # Its arithmetic (section 10).
     dtype: str = setting("auto", "auto, float32 or bfloat16")
     compile: bool = setting(False, "let torch.compile make the model faster first")
-    # Counted in the text, and so no flag (section 1).
-    vocab_size: int = setting(65, "different characters")
+    vocab_size: int = setting(65, "different characters: counted in the text, and so no flag")
 
 
-# For --size: how each size differs from the table. Section 9 tells how the rates and decays follow.
-SIZES = {
+SIZES = {  # for --size: how each differs from the table
     "tiny": {},
     "small": {"n_layer": 4, "n_embd": 256, "steps": 8000, "lr": 1e-3, "weight_decay": 0.6},
     "medium": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16}
@@ -219,7 +214,7 @@ def baselines(training, validation, vocab_size):
 # A *position* is one place in the text, with what the model has noted there: a *vector*, a row of C numbers.
 # To guess the next character, it has to look back, and where to look depends on the text. After a q, the last
 # character is enough. Inside a name, the name's beginning matters. *Attention* (Vaswani et al., 2017) lets
-# each position choose for itself. (How character and place get into the vector, section 5 shows.)
+# each position choose for itself.
 #
 # Three more vectors are made from a position's own, by weights that training adjusts:
 #     query   what this position is looking for
@@ -253,11 +248,6 @@ def attention_by_hand(query, key, value):
     >>> value = torch.tensor([[8.0], [4.0], [0.0]])
     >>> attention_by_hand(query, key, value).flatten()
     tensor([8., 6., 3.])
-
-    PyTorch has the same in one call, faster, and for many sequences at once; `[None]` adds that dimension:
-
-    >>> F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True).flatten()
-    tensor([8., 6., 3.])
     """
     # `@` makes the dot product of each row on its left with each column on its right; .T turns rows into
     # columns. Row i, column j: the score that position i gives to position j.
@@ -285,8 +275,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # The names are those in GPT-2's own files: c_attn makes queries, keys and values.
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # the names are those in GPT-2's own files
         # A head's result fills only its own slice of the channels. The *output projection* mixes the slices,
         # so that what one head has found can reach every channel. Without: 1.95 instead of 1.87.
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -303,7 +292,8 @@ class Attention(nn.Module):
                 k = torch.cat([cache[self][0], k], dim=2)  # (B, n_head, earlier positions + T, head_size)
                 v = torch.cat([cache[self][1], v], dim=2)
             cache[self] = k, v
-        # attention_by_hand, for all heads of all sequences. A single new position may see all: no mask.
+        # PyTorch's attention_by_hand, for all heads and sequences. A single new position may see all: no
+        # mask.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.dropout(self.c_proj(y))  # (B, T, C)
@@ -340,7 +330,8 @@ class MLP(nn.Module):
 
 
 # %% 4. The block
-# A *block* is one round of "look around, then think". Neither half replaces the vectors. Both add to them:
+# A *block* is one round of "look around, then think", and a stack of them a *transformer*, the T in GPT.
+# Neither half replaces the vectors. Both add to them:
 #     x ---+---------------------------> + ---+---------------------> + --->
 #          |                             ^    |                       ^
 #          +--> ln_1 ---> attention -----+    +--> ln_2 ---> MLP -----+
@@ -356,8 +347,6 @@ class MLP(nn.Module):
 # has a learned scale, at first 1, and a learned shift, at first 0. Without it 2.42 instead of 1.87.
 # >>> F.layer_norm(torch.tensor([1.0, 2.0, 3.0]), [3])
 # tensor([-1.2247,  0.0000,  1.2247])
-#
-# A stack of such blocks is a *transformer*: the T in GPT, "generative pre-trained transformer".
 class Block(nn.Module):
     """Attention, then MLP, each normalized first and added to the stream. (B, T, C) -> (B, T, C)"""
 
@@ -388,10 +377,10 @@ class Block(nn.Module):
 # The *initial weights* are random. Were they equal, all rows of a matrix would give out the same, be changed
 # alike, and stay alike forever. Their size matters more than it seems. What a layer gives out is a sum of C
 # products, which grows with the root of C, as in section 2. Weights of typical size 1 / sqrt(C) cancel that
-# (LeCun et al., 1998). (The MLP's second layer sums 4 C, but GELU has made most of those small.) At width 128
-# this is 0.088. GPT-2 drew its weights at 0.02, not far off at its widths of 768 to 1,600. At ours, each
-# layer would speak four times too softly: normalization evens out what goes into a layer, not what comes out.
-# The first few hundred steps go into making it louder: 2.13 instead of 1.87.
+# (LeCun et al., 1998). At width 128 this is 0.088. GPT-2 drew its weights at 0.02, not far off at its widths
+# of 768 to 1,600. At ours, each layer would speak four times too softly: normalization evens out what goes
+# into a layer, not what comes out. The first few hundred steps go into making it louder: 2.13 instead of
+# 1.87.
 class GPT(nn.Module):
     """The whole model: tokens (B, T) -> logits (B, T, V), at each position for the token after it."""
 
@@ -401,8 +390,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # "weights of the token embedding"
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # "weights of the position embedding"
         self.dropout = nn.Dropout(config.dropout)
-        # A list that PyTorch looks into for parameters, which a plain one is not. "h": hidden layers.
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # "hidden": a list of layers
         self.ln_f = nn.LayerNorm(config.n_embd)  # "final"
 
         rng = torch.Generator().manual_seed(config.seed)  # random numbers that can be repeated; see section 6
@@ -529,9 +517,8 @@ def learning_rate(step, config):
 # How good is the model? The *validation loss* is the one number to judge by: the mean over the whole
 # validation part, cut into sequences. While it falls together with the training loss, the model is learning
 # the language. When the training loss goes on falling and this one turns and rises, it is learning its text
-# by heart: *overfitting*. More text helps; so do weight decay, dropout, and keeping the best weights, not the
-# last. (A gap between the two alone is no proof: the validation text has other scenes, with names that are
-# new to the model.)
+# by heart: *overfitting*. More text helps; so do weight decay, dropout, and keeping the best weights. (A gap
+# alone is no proof: the validation text has other scenes, with new names.)
 @torch.no_grad()  # nothing is learned here, so PyTorch need not remember how the loss came about
 def evaluate(model, config, tokens):
     """Mean loss in nats per token over tokens (N,), read once, in sequences of block_size."""
@@ -551,8 +538,7 @@ def evaluate(model, config, tokens):
 def train(model, optimizer, config, training, validation, start=0):
     """Train the model in place. Yields after each step: steps done, loss, validation loss (mostly None).
 
-    model: anything that maps tokens (B, T) to logits (B, T, V). training, validation: tokens (N,) and (M,).
-    start: steps done before, for a run that goes on with its model and its optimizer.
+    model: anything that maps tokens (B, T) to logits (B, T, V). start: steps done before, by the same two.
     """
     for step in range(start, config.steps):
         model.train()  # dropout on
@@ -620,13 +606,12 @@ def probabilities(logits, temperature=1.0, top_k=0):
 def generate(model, tokenizer, prompt="", **settings):
     """Continue the prompt: an iterator over characters, each as soon as it is made.
 
-    settings: length, temperature, top_k and seed, where they should differ from the model's config. An empty
-    prompt counts as twice the first character of the vocabulary: in most texts, as an empty line.
+    settings: length, temperature, top_k and seed, where they should differ from the model's config.
     """
     config, device = replace(model.config, **settings), model.wte.weight.device
     rng = torch.Generator().manual_seed(config.seed)
     model.eval()  # dropout off
-    context = tokenizer.encode(prompt) if prompt else torch.zeros(2)
+    context = tokenizer.encode(prompt) if prompt else torch.zeros(2)  # token 0 twice: mostly, an empty line
     context = context[-config.block_size :].long()  # (up to block_size,)
     cache, start = {}, 0  # start: how many positions are in the cache
     new = []  # tokens that are not yet a whole character
@@ -664,15 +649,14 @@ def generate(model, tokenizer, prompt="", **settings):
 #     8 sequences of 128, in 1,500 steps              1.728          1%
 #     2,500 steps: our default                        1.690         18%
 #
-# Four fifths of the way are the weights' size, the rate and the head start. They cost no computation, and
-# none of them is architecture. Weight decay gains a little (0.007, its standard error 0.001; see below). The
-# schedule, the smaller batches and the longer context make no difference that five seeds could show; they
-# stay because the rest was tuned beside them. The last row is patience.
+# Four fifths of the way are the weights' size, the rate and the head start: no computation, and no
+# architecture. Weight decay gains a little (0.007, with a standard error of 0.001; see below). The schedule,
+# the smaller batches and the longer context make no difference that five seeds could show; the last row is
+# patience.
 #
 # In time, on two cores, three seeds: a plain script of the usual recipe, with nanoGPT's four layers, ends at
-# 1.90 after 77 to 90 seconds. Ours, with two, ends at 1.69 after 64 to 77. With settings for haste,
-# `--block-size 64 --lr 3e-3 --steps 700`, it is at 1.89 after 10 to 14, seven times sooner: short contexts
-# make cheap steps, and in a short run the rate can be higher.
+# 1.90 after 77 to 90 seconds; ours, with two, at 1.69 after 64 to 77. With settings for haste, `--block-size
+# 64 --lr 3e-3 --steps 700`, it is at 1.89 after 10 to 14, seven times sooner.
 #
 # One run proves nothing. Our default's five seeds end at 1.700, 1.692, 1.680, 1.687 and 1.691: a standard
 # deviation of 0.007. Two runs that differ in nothing but their seeds are 0.009 apart on average. So compare
@@ -698,36 +682,27 @@ def generate(model, tokenizer, prompt="", **settings):
 #     torch.optim.SGD, --lr 1                       1.95   +0.080   0.003
 #     --dropout 0.1                                 1.94   +0.073   0.002
 #     --final-lr 1                                  1.93   +0.068   0.006
-#     an MLP twice as wide as C                     1.90   +0.037   0.006
 #     scores not divided by sqrt(head_size)         1.89   +0.023   0.003
-#     F.relu for F.gelu                             1.88   +0.018   0.002
-#     --grad-clip inf                               1.88   +0.010   0.003
-#     --warmup 0                                    1.87   +0.006   0.003
-#     --weight-decay 0                              1.87   +0.005   0.001
-#     an MLP eight times as wide                    1.85   -0.020   0.003
 #
-# *The data* decides as much as the recipe. Trained on half of the plays, at the same number of steps, tiny
-# ends at 1.79 instead of 1.69. *Fine-tuning* means to train a finished model further on another text. A model
-# of eight plays, trained for 300 steps more on the other two, is at 1.58 on parts of those that it has not
-# seen; 300 steps from nothing end at 1.91, and 2,500 at 1.61.
+# *The data*: trained on half of the plays, at the same number of steps, tiny ends at 1.79 instead of 1.69.
+# *Fine-tuning* trains a finished model further on another text: one of eight plays, after 300 steps on the
+# other two, is at 1.58 on unseen parts of those; 300 steps from nothing end at 1.91, and 2,500 at 1.61.
 #
 # *The head start.* Every model of text must first discover that the last few characters matter most. Ours is
-# given it: the first block's first head begins by looking one character back, its second two, and so on.
-# These are only initial weights; training may change all of it. In longer runs models without it catch up:
-# after 500 steps it gains 0.41, in the recipe's table 0.05. How it is done may wait for a second reading:
-# then go on to *The other sizes*.
+# given it: the first block's first head begins by looking one character back, its second two, and so on. In
+# longer runs models without it catch up: after 500 steps it gains 0.41, in the recipe's table 0.05. How it is
+# done may wait for a second reading: then go on to *The other sizes*.
 #     text           ... i s _ t h e _ q u [e]      what follows the e in brackets?
 #     heads look at                4 3 2 1          head 1 at the u, head 2 at the q, and so on
 #
 # It is hard to discover, because character and place share one vector: a query about the place also picks up
-# the character. So tokens begin in the first three quarters of the channels and positions in the last; the
-# first block's queries and keys read only positions, its values only tokens.
-#
-# And positions begin as waves: C / 8 of them, of different lengths, each by its sine and cosine at that
-# place. At the same place all waves agree; elsewhere they disagree and cancel. So a query finds a place if it
-# holds the waves of that place. `shift` moves waves on by a fixed mix of sine and cosine, the same wherever
-# one is. Head 2's query weights are its key weights, moved on by 2. So what they give at place 7 is what the
-# key weights give at place 5, as the example shows: query 7 and key 5 match, two back.
+# the character. So tokens begin in the first three quarters of the channels, positions in the last, and the
+# first block's queries and keys read only positions, its values only tokens. Positions begin as waves: C / 8
+# of them, of different lengths, each by its sine and cosine at that place. At the same place all waves agree;
+# elsewhere they disagree and cancel. So a query finds a place if it holds the waves of that place. `shift`
+# moves waves on by a fixed mix of sine and cosine, the same wherever one is. Head 2's query weights are its
+# key weights, moved on by 2. So what they give at place 7 is what the key weights give at place 5, as the
+# example shows: query 7 and key 5 match, two back.
 def shift(waves, angles):
     """Move each wave on by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
 
@@ -756,7 +731,6 @@ def head_start(model):
     model.wpe.weight[:, where:] = waves / math.sqrt(n)  # so that a row has length 1, like a token's
     model.wte.weight[:, where:] = 0
     model.wte.weight *= math.sqrt(C / where)  # rows as long as before
-
     # In a layer's weights, each row makes one number, each column reads one channel.
     queries, keys, values = model.h[0].attn.c_attn.weight.split(C)  # (C, C) each
     queries[:, :where] = 0
@@ -782,13 +756,11 @@ def head_start(model):
 # conversations and from people's preferences (Ouyang et al., 2022), and so a continuer of texts becomes an
 # assistant.
 #
-# *To read on*: "The annotated transformer" (Rush, 2018); GPT-2's own paper; nanoGPT, which trains GPT-2
-# itself. Here the lesson ends. What follows makes a program of it.
+# *To read on*: "The annotated transformer" (Rush, 2018); GPT-2's paper; nanoGPT. Here the lesson ends.
 
 
 # %% 10. Files and devices
-# Where there is no input.txt, Tiny Shakespeare is fetched, which char-rnn (Karpathy, 2015) made famous.
-
+# Tiny Shakespeare, which char-rnn (Karpathy, 2015) made famous, for those who have no input.txt:
 TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
@@ -804,10 +776,9 @@ def read_text(path):
 
 
 # A *checkpoint* is a file with a model in it and, while its run goes on, with all that it takes to go on. A
-# run is first saved at its first evaluation; from then on at each, and every minute. Until that first time,
-# an earlier model under the same name stays where it is; then it gets .old behind its name. So Ctrl-C, a
-# crash and a power cut are one case: `--resume` goes on from the last save and ends, to the bit, like a run
-# that was left alone.
+# run is first saved at its first evaluation; then at each, and every minute. Until that first time, an
+# earlier model of the same name stays; then it gets .old behind its name. So Ctrl-C, a crash and a power cut
+# are one case: `--resume` goes on from the last save and ends, to the bit, like a run that was left alone.
 def save(path, model, tokenizer, progress=None, keep_old=False):
     """Write a checkpoint, a dict, to a file, whole or not at all. Raises OSError.
 
@@ -823,8 +794,7 @@ def save(path, model, tokenizer, progress=None, keep_old=False):
     content = dict(progress or {}, config=asdict(model.config), characters=tokenizer.characters)
     content["model"] = model.state_dict()
     if RANK == 0:  # of several processes only the first writes
-        # First beside the old file, then in its place: at every moment one of the two is whole.
-        with open(f"{path}.part", "wb") as file:
+        with open(f"{path}.part", "wb") as file:  # beside the old file: one of the two is always whole
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())  # wait until it is on the disk
@@ -854,8 +824,7 @@ def load(path="gpt.pt", device="cpu"):
     return model.to(device).eval(), CharTokenizer(found["characters"])
 
 
-# The same code runs on a CPU, on NVIDIA's GPUs (cuda) and on Apple's (mps): what is computed from tensors on
-# a device is computed there. Only the larger sizes have work for all of a GPU's cores.
+# What is computed from tensors on a device, be it the CPU, NVIDIA's cuda or Apple's mps, is computed there.
 def pick_device(name):
     """The torch.device of this name; auto is a GPU if there is one. Raises ValueError."""
     if name == "auto" and torch.accelerator.is_available():
@@ -883,8 +852,8 @@ class BFloat16(nn.Module):
             return self.model(tokens).float()
 
 
-# *Data parallelism* (Li et al., 2020), for `torchrun --nproc_per_node 2 gpt.py`: each process has the whole
-# model and its part of each batch. Gradients are averaged, so all take the step that one would take with the
+# *Data parallelism* (Li et al., 2020), as in `torchrun --nproc_per_node 2 gpt.py`: each process has the whole
+# model and a part of each batch; gradients are averaged, so all take the step that one would take with the
 # whole.
 #     process 0    sequences 0, 2, 4, 6  --->  gradient  --+
 #                                                          +--->  mean  --->  the same step in both
@@ -913,8 +882,8 @@ def draw(path, progress):
 
 
 # %% 11. The command line
-# Wrong input is found before training starts, by `parse`, `check` and `build`, and `main` answers it in one
-# line. Later errors are not expected, and show all that Python has to say about them.
+# Wrong input is found before training starts, and answered in one line. Later errors show all that Python
+# knows.
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
@@ -937,7 +906,6 @@ def parse(argv):
         options = {"action": argparse.BooleanOptionalAction} if row.type is bool else {"type": row.type}
         flag = "--" + row.name.replace("_", "-")
         parser.add_argument(flag, default=row.default, help=row.metadata["help"], **options)
-
     args = parser.parse_args(argv)
     found, defaults = None, SIZES[args.size]
     if args.resume or args.init_from or args.generate:
@@ -951,7 +919,6 @@ def parse(argv):
     return args, config, found
 
 
-# The other numbers have to be more than 0; none may be less.
 MAY_BE_0 = ("warmup", "final_lr", "weight_decay", "beta2", "dropout", "seed", "temperature", "top_k")
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
@@ -992,7 +959,6 @@ def build(args, config, found):
     progress = found if args.resume else {"step": 0, "train_losses": [], "val_losses": [], "sha256": sha256}
     if progress["sha256"] != sha256:
         raise ValueError(f"{args.data} is not the text that the run in {args.out} began with")
-
     config.vocab_size = tokenizer.vocab_size
     model = GPT(config)
     if found:
@@ -1018,7 +984,6 @@ def run(args, model, tokenizer, tokens, progress):
         optimizer.load_state_dict(progress["optimizer"])
         for group, settings in zip(optimizer.param_groups, make_optimizer(model, config).param_groups):
             group.update(settings)
-
     began = saved = time.monotonic()
     network = speed_up(model, device)  # the same parameters
     for step, loss, val_loss in train(network, optimizer, config, training, validation, start):
@@ -1044,7 +1009,6 @@ def run(args, model, tokenizer, tokens, progress):
             progress |= {"step": step, "optimizer": optimizer.state_dict()}
             save(args.out, model, tokenizer, progress, keep_old=first)
             saved = now
-
     if WORLD_SIZE > 1:
         torch.distributed.destroy_process_group()
     model.load_state_dict(progress["best"])
@@ -1082,5 +1046,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # In a notebook, the command line is Jupyter's own.
-    model, tokenizer = main([] if "kernel_launcher" in sys.argv[0] else None)
+    model, tokenizer = main([] if "kernel_launcher" in sys.argv[0] else None)  # Jupyter has its own argv
