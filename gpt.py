@@ -292,8 +292,7 @@ class Attention(nn.Module):
                 k = torch.cat([cache[self][0], k], dim=2)  # (B, n_head, earlier positions + T, head_size)
                 v = torch.cat([cache[self][1], v], dim=2)
             cache[self] = k, v
-        # PyTorch's attention_by_hand, for all heads and sequences. A single new position may see all: no
-        # mask.
+        # PyTorch's attention_by_hand, for all heads at once. A single new position may see all: no mask.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.dropout(self.c_proj(y))  # (B, T, C)
@@ -308,8 +307,7 @@ class Attention(nn.Module):
 # since a weighted sum of weighted sums is again a weighted sum; the loss is then 2.13 instead of 1.87. The
 # simplest is ReLU, max(0, x), at 1.88. GPT-2 uses *GELU* (Hendrycks and Gimpel, 2016), a ReLU with its corner
 # rounded: where ReLU is flat, a small change changes nothing and training gets no hint; a smooth curve nearly
-# always gives one. Four times the width is a convention. Twice ends at 1.90, eight times at 1.85, against
-# 1.87.
+# always gives one. Four times the width is a convention: twice ends at 1.90, eight times at 1.85.
 #
 # *Dropout* (Srivastava et al., 2014) sets a random share of a layer's outputs to 0, in training only, and
 # enlarges the rest to make up for it. No part can then rely on a few others, so a text is harder to learn by
@@ -624,8 +622,7 @@ def generate(model, tokenizer, prompt="", **settings):
         weights = probabilities(logits.cpu(), config.temperature, config.top_k)  # (V,)
         token = torch.multinomial(weights, 1, generator=rng)  # (1,)
         context = torch.cat([context, token])
-        # If you plug in a tokenizer that takes several tokens for a character, up to four: decode them
-        # together.
+        # A tokenizer of bytes takes up to four tokens for a character: then they are decoded together.
         new.append(token.item())
         text = tokenizer.decode(new)
         if not text.endswith("\ufffd") or len(new) == 4:
@@ -819,7 +816,7 @@ def read_checkpoint(path):
 
 
 def load(path="gpt.pt", device="cpu"):
-    """The model and the tokenizer in a file, ready to write. Raises OSError or ValueError."""
+    """The model and the tokenizer in a file, ready to write. Raises ValueError."""
     found, model = read_checkpoint(Path(path))
     return model.to(device).eval(), CharTokenizer(found["characters"])
 
@@ -853,8 +850,7 @@ class BFloat16(nn.Module):
 
 
 # *Data parallelism* (Li et al., 2020), as in `torchrun --nproc_per_node 2 gpt.py`: each process has the whole
-# model and a part of each batch; gradients are averaged, so all take the step that one would take with the
-# whole.
+# model and a part of each batch; gradients are averaged, so all take the step of the whole batch.
 #     process 0    sequences 0, 2, 4, 6  --->  gradient  --+
 #                                                          +--->  mean  --->  the same step in both
 #     process 1    sequences 1, 3, 5, 7  --->  gradient  --+
@@ -882,8 +878,7 @@ def draw(path, progress):
 
 
 # %% 11. The command line
-# Wrong input is found before training starts, and answered in one line. Later errors show all that Python
-# knows.
+# Wrong input is found before training starts, and answered in one line. Later errors are not expected.
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
@@ -929,7 +924,7 @@ def check(args, config, found):
         least = 0 if name in MAY_BE_0 else 1e-9
         if type(value) in (int, float) and not value >= least:
             raise ValueError(f"--{name.replace('_', '-')} can't be {value}")
-    old = Config(**found["config"]) if found else config
+    old, training = Config(**found["config"]) if found else config, not args.generate
     changed = [name for name in SHAPE if getattr(old, name) != getattr(config, name)]
     mistakes = [
         (max(config.warmup, config.final_lr) > 1, "--warmup and --final-lr are shares, from 0 to 1"),
@@ -939,8 +934,8 @@ def check(args, config, found):
         (config.batch_size % WORLD_SIZE, f"--batch-size must be a multiple of the {WORLD_SIZE} processes"),
         (changed, f"a trained model keeps its shape: {', '.join(changed)} can't be changed"),
         (args.resume and "step" not in found, f"this run has ended; --init-from {args.out} trains on"),
-        (not args.generate and args.out.suffix != ".pt", f"--out {args.out} must end in .pt"),
-        (not os.access(args.out.parent, os.W_OK), f"can't write --out {args.out}: is there such a folder?"),
+        (training and args.out.suffix != ".pt", f"--out {args.out} must end in .pt"),
+        (training and not os.access(args.out.parent, os.W_OK), f"can't write {args.out} in that folder"),
     ]
     for wrong, message in mistakes:
         if wrong:
@@ -965,10 +960,11 @@ def build(args, config, found):
         model.load_state_dict(found["model"] if args.resume else found.get("best", found["model"]))
     elif config.head_start and config.n_embd >= 8:
         head_start(model)
+    model.to(pick_device(args.device))
     progress["data"] = str(args.data.resolve())
-    if args.plot:
+    if args.plot and RANK == 0:
         draw(args.plot, progress)  # raises without matplotlib, or if it can't draw such a file
-    return model.to(pick_device(args.device)), tokenizer, tokens, progress
+    return model, tokenizer, tokens, progress
 
 
 def run(args, model, tokenizer, tokens, progress):
@@ -1002,7 +998,7 @@ def run(args, model, tokenizer, tokens, progress):
                 progress["best"] = {name: weight.clone() for name, weight in model.state_dict().items()}
             sample = "".join(generate(model, tokenizer, length=120)).replace("\n", "\n    | ")
             print(f"    val loss {val_loss:.4f}; it now writes:\n    | {sample}", flush=True)
-            if args.plot:
+            if args.plot and RANK == 0:
                 draw(args.plot, progress)
         if val_loss is not None or (progress["val_losses"] and now - saved > 60):
             first = progress["step"] == 0

@@ -534,7 +534,7 @@ BAD_INPUT = """
 --warmup 100                            | --warmup
 --grad-clip 0                           | --grad-clip
 --size huge                             | huge tiny small medium gpt2
---device gpu                            | gpu auto cpu cuda
+--device gpu --plot early.png           | gpu auto cpu cuda
 --device cuda:99                        | cuda:99
 --dtype float16                         | --dtype float16
 --out nowhere/gpt.pt                    | nowhere
