@@ -677,7 +677,7 @@ def generate(model, tokenizer, prompt="", **settings):
 #     half of each play             570,000               1.728
 #     as much of the tragedies      442,000               1.800
 # The comedies alone do no worse than half of everything. *Fine-tuning* trains a finished model further, on
-# text like what it is for: a model of eight of the plays, after 300 steps on the other two, is at 1.58 on
+# text like what it is for: a model of eight of the plays, after 300 steps on the other two, is at 1.57 on
 # unseen parts of those. A new model is at 1.91 after 300 such steps, and at 1.61 after 2,500.
 #
 # *How large a model for the time one has?* In the same time, a larger model takes fewer steps. A run costs
