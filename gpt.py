@@ -670,8 +670,8 @@ def generate(model, tokenizer, prompt="", **settings):
 #     --final-lr 1                                  1.93   +0.068   0.006
 #     scores not divided by sqrt(head_size)         1.89   +0.023   0.003
 #
-# *The data* count as much as the recipe. The validation part is nearly all one comedy. Tiny, 2,500 steps,
-# trained on parts of the text, mean of five runs:
+# *The data* count, too. The validation part is nearly all one comedy. Tiny, 2,500 steps, trained on parts of
+# the text, mean of five runs:
 #     the whole training part     1,140,000 characters    1.690
 #     the comedies in it            442,000               1.718
 #     half of each play             570,000               1.728
