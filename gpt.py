@@ -42,7 +42,7 @@ A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, 
 
 # %% 0. Settings
 # On a first reading go on to section 1: each explains its own. All settings but the last are flags, too.
-
+# Go on to section 1 first: each section explains its settings. All but vocab_size are also flags.
 import argparse
 import hashlib
 import math
