@@ -688,11 +688,11 @@ def generate(model, tokenizer, prompt="", **settings):
 #     0.3 trillion       1 x  64         49,152      976    1.87
 #     0.9                1 x  64         49,152    2,929    1.80
 #     2.7                1 x  96        110,592    3,906    1.73
-#     8.0                2 x 128        393,216    3,295    1.66
+#     8.0                2 x 128        393,216    3,295    1.67
 # As a *scaling law*: twice the operations want 1.5 times the weights and 1.3 times the steps, and lower the
 # loss by 0.04. (For word pieces Kaplan et al. found 1.7 and 1.2; Hoffmann et al., 2022, 1.4 and 1.4.) Near
 # the best, size matters little: at the last cost, 1 x 96, and 2 x 192 with eight times its weights, end at
-# 1.68 and 1.70. And operations are not seconds: matrices as small as 1 x 64's leave most of a processor idle.
+# 1.69 and 1.71. And operations are not seconds: matrices as small as 1 x 64's leave most of a processor idle.
 #
 # *The head start.* Every model of text must first discover that the last few characters matter most. Ours is
 # given it: the first block's first head begins by looking one character back, its second two, and so on. In
