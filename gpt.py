@@ -750,7 +750,7 @@ def head_start(model):
 
 
 # *The other sizes* follow from tiny. For the cost of their runs the law, stretched far beyond our runs, wants
-# about 2, 9 and 100 million weights in the blocks of small, medium and gpt2: they have 1.8, 10.6 and 85. The
+# about 2, 8 and 90 million weights in the blocks of small, medium and gpt2: they have 1.8, 10.6 and 85. The
 # wider the model, the smaller its rate, about in inverse proportion (Yang et al., 2022). Rate times decay, by
 # which a step shrinks a weight, stays near tiny's 0.0006 in small and medium.
 #
