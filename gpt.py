@@ -41,8 +41,8 @@ A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, 
 """
 
 # %% 0. Settings
-# On a first reading go on to section 1: each explains its own. All settings but the last are flags, too.
 # Go on to section 1 first: each section explains its settings. All but vocab_size are also flags.
+
 import argparse
 import hashlib
 import math
@@ -617,7 +617,7 @@ def generate(model, tokenizer, prompt="", **settings):
         weights = probabilities(logits.cpu(), config.temperature, config.top_k)  # (V,)
         token = torch.multinomial(weights, 1, generator=rng)  # (1,)
         context = torch.cat([context, token])
-        # Another tokenizer may take up to four tokens for a character: then they are decoded together.
+        # With bytes for tokens, a character takes up to four: then they are decoded together.
         new.append(token.item())
         text = tokenizer.decode(new)
         if not text.endswith("\ufffd") or len(new) == 4:
@@ -683,7 +683,7 @@ def generate(model, tokenizer, prompt="", **settings):
 # *How large a model for the time one has?* In the same time, a larger model takes fewer steps. A run costs
 # about 6ND operations: each of the N weights in the blocks takes part in six for each of D characters, two
 # forward and four backward (Kaplan et al., 2020). At each of four costs we trained five shapes, from one
-# block of width 64 to two of 192, with rates of 0.32 / C. The best of each (the README has all):
+# block of width 64 to two of 192, with rates of 0.32 / C. The best of each, by two seeds:
 #     operations      blocks x width    weights    steps    loss
 #     0.3 trillion       1 x  64         49,152      976    1.87
 #     0.9                1 x  64         49,152    2,929    1.80
