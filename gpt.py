@@ -7,15 +7,15 @@ A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained
 plays, with PyTorch alone, on a laptop. Its claim: how a model is trained decides how good it gets, and how
 soon. On one architecture (the layers and how they are connected) our recipe takes the loss from 1.90 to 1.68;
 in haste, a single layer equals the usual tutorial's four in a thirteenth of the time. With its defaults it
-goes, in a minute and a half, from random numbers to this:
+goes, in a minute and a half, from random numbers to this, where only the first name was given:
 
-    EMILIA:
-    Acceed, Gentler, I am eath anon.
+    HAMLET:
+    So man the enemy and rolous heaven
+    Wont of every we will in the terman. Then shimself,
+    They are in thy more shake company?
 
-    ROSALIND:
-    Which is with this base nothings to your hand.
-    It you dissa soldier in Duncan gone, I do bear
-    power you;
+    KENT:
+    But, I do bear poet. I never this false there and so thee?
 
     python gpt.py                                    train the tiny model on input.txt, then write a scene
     python gpt.py --generate --prompt "HAMLET:"      write more, with the model that is now in gpt.pt
@@ -75,7 +75,7 @@ class Config:
     block_size: int = setting(128, "context: how many characters the model looks back on")
     # Its training (sections 6, 7 and 9).
     batch_size: int = setting(8, "sequences in a step")
-    steps: int = setting(2800, "steps of training")
+    steps: int = setting(2900, "steps of training")
     lr: float = setting(2e-3, "learning rate at its peak")
     warmup: float = setting(0.1, "share of the steps until that peak is reached")
     final_lr: float = setting(0.0, "learning rate at the end, as a share of the peak")
@@ -486,7 +486,7 @@ def make_optimizer(model, config):
 #     2e-3 |    .-'''-.
 #          |  /         '-.
 #        0 |/______________'''--.
-#          0  280            2800  steps
+#          0  290            2900  steps
 #
 # *Warm-up* (Goyal et al., 2017), the straight line: at first m / sqrt(v) is near 1 or -1 for every weight, so
 # all would take a full step on the word of one batch. *Cosine decay* (Loshchilov and Hutter, 2017), half a
@@ -510,8 +510,10 @@ def learning_rate(step, config):
 # How good is the model? The *validation loss* is the one number to judge by: the mean over the whole
 # validation part, cut into sequences. While it falls together with the training loss, the model is learning
 # the language. When the training loss goes on falling and this one turns and rises, it is learning its text
-# by heart: *overfitting*. More text helps; so do weight decay, dropout, and keeping the best weights. (A gap
-# alone is no proof: the validation text has other scenes, with new names.)
+# by heart: *overfitting*. A usual recipe for a GPU, whose 10.7 million parameters read our plays 72 times
+# (section 9), is at 1.61 after a quarter of its steps and at 2.21 in the end, while its training loss falls
+# from 1.20 to 0.63. More text helps; so do weight decay, dropout, and keeping the best weights. (A gap alone
+# is no proof: the validation text has other scenes, with new names.)
 @torch.no_grad()  # nothing is learned here, so PyTorch need not remember how the loss came about
 def evaluate(model, config, tokens):
     """Mean loss in nats per token over tokens (N,), read once, in sequences of block_size."""
@@ -633,26 +635,35 @@ def generate(model, tokenizer, prompt="", **settings):
 # characters. Validation loss, mean of five runs, with seeds 1 to 5; the README has the commands.
 #                                                          loss   share of the way
 #     the usual recipe                                     1.904
-#     initial weights of 1 / sqrt(C)                       1.833         32%
-#     twice the learning rate, 2e-3                        1.780         24%
+#     initial weights of 1 / sqrt(C)                       1.833         31%
+#     twice the learning rate, 2e-3                        1.780         23%
 #     the head start (below); schedule and decay as ours   1.728         23%
-#     8 sequences of 128, in 2,800 steps: our default      1.682         21%
+#     8 sequences of 128, in 2,900 steps: our default      1.677         23%
 #
-# Four fifths of the way are the weights' size, the rate and the head start: no computation, and no
+# Three quarters of the way are the weights' size, the rate and the head start: no computation, and no
 # architecture. The rest is patience. Taken alone, our changes of schedule, batch and context gained nothing
 # that five seeds could show.
 #
 # In time, on two cores: a plain script of the usual recipe, with nanoGPT's four layers, ends at 1.901 after
-# 94 seconds; ours, with two, at 1.682 after 89. In haste, one layer is at 1.897 after 7, a thirteenth of the
+# 81 seconds; ours, with two, at 1.677 after 84. In haste, one layer is at 1.897 after 6, a thirteenth of the
 # script's. (Means of five runs; the seconds are medians.) Its flags:
 #     --n-layer 1 --block-size 64 --lr 5e-3 --steps 800
+# nanoGPT's recipe for a GPU, 5,000 steps of 64 sequences of 256 with 6 layers of 384, is at its best after
+# 1,250 steps, at 1.611. Our `small`, with a sixth of its parameters, ends at 1.587, after 19 minutes on those
+# two cores.
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
 # it was 0.002, 0.006 and 0.013 higher. So compare the same five seeds with and without a change, and look at
 # the mean difference next to its *standard error*, the standard deviation of the five differences divided by
 # the root of 5: here 0.006 next to 0.008. A mean difference within two standard errors does not show which is
-# better. (Five more pairs gave 0.011 next to 0.003, all ten 0.009 next to 0.004: perhaps a little better.)
+# better. (With thirty pairs, of several sizes, it is 0.008 next to 0.002: better after all, but by a third of
+# what two seeds promised.)
+#
+# Nor do the exact numbers matter. On a part of the training text we changed one at a time, for five runs
+# each: a rate of 1.5e-3 or 3e-3, a third or twice the decay, beta2 from 0.98 to 0.999, warm-up over 3 or 20%
+# of the steps, half or twice the rate for the embeddings. Nothing moved the loss by more than 0.007. A good
+# recipe is a plateau, not a peak.
 #
 # What is each part worth? Tiny after 500 steps, without the part or with another in its place: the loss, the
 # difference and its standard error, from five seeds. (Without `wpe` there is no head start.)
@@ -683,16 +694,16 @@ def generate(model, tokenizer, prompt="", **settings):
 # *How large a model for the time one has?* In the same time, a larger model takes fewer steps. A run costs
 # about 6ND operations: each of the N weights in the blocks takes part in six for each of D characters, two
 # forward and four backward (Kaplan et al., 2020). At each of four costs we trained five shapes, from one
-# block of width 64 to two of 192, with rates of 0.32 / C. The best of each, by two seeds:
+# block of width 64 to two of 192, with rates of 0.32 / C. The best of each, by five seeds:
 #     operations      blocks x width    weights    steps    loss
 #     0.3 trillion       1 x  64         49,152      976    1.87
-#     0.9                1 x  64         49,152    2,929    1.80
-#     2.7                1 x  96        110,592    3,906    1.73
+#     0.9                1 x  64         49,152    2,929    1.79
+#     2.7                1 x  96        110,592    3,906    1.72
 #     8.0                2 x 128        393,216    3,295    1.67
 # As a *scaling law*: twice the operations want 1.5 times the weights and 1.3 times the steps, and lower the
 # loss by 0.04. (For word pieces Kaplan et al. found 1.7 and 1.2; Hoffmann et al., 2022, 1.4 and 1.4.) Near
 # the best, size matters little: at the last cost, 1 x 96, and 2 x 192 with eight times its weights, end at
-# 1.69 and 1.71. And operations are not seconds: matrices as small as 1 x 64's leave most of a processor idle.
+# 1.68 and 1.71. And operations are not seconds: matrices as small as 1 x 64's leave most of a processor idle.
 #
 # *The head start.* Every model of text must first discover that the last few characters matter most. Ours is
 # given it: the first block's first head begins by looking one character back, its second two, and so on. In
@@ -750,7 +761,7 @@ def head_start(model):
 
 
 # *The other sizes* follow from tiny. For the cost of their runs the law, stretched far beyond our runs, wants
-# about 2, 8 and 90 million weights in the blocks of small, medium and gpt2: they have 1.8, 10.6 and 85. The
+# about 1, 7 and 80 million weights in the blocks of small, medium and gpt2: they have 1.8, 10.6 and 85. The
 # wider the model, the smaller its rate, about in inverse proportion (Yang et al., 2022). Rate times decay, by
 # which a step shrinks a weight, stays near tiny's 0.0006 in small and medium.
 #
@@ -845,7 +856,8 @@ def pick_device(name):
 
 # A float32 is exact to 24 bits, more than training needs. A *bfloat16* covers the same range but is exact to
 # 8, and GPUs from 2020 on multiply such numbers many times faster. In *mixed precision* (Micikevicius et al.,
-# 2018) linear layers and attention compute with 16-bit copies; weights and optimizer stay in float32.
+# 2018) linear layers and attention compute with 16-bit copies; weights and optimizer stay in float32. On an
+# NVIDIA H200 a step of gpt2 takes 0.120 seconds in float32, 0.021 so, and 0.018 with --compile as well.
 class BFloat16(nn.Module):
     """The same model, computing in 16 bits where that is safe: tokens (B, T) -> logits (B, T, V)."""
 
