@@ -660,16 +660,14 @@ def generate(model, tokenizer, prompt="", **settings):
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
-# it was 0.002, 0.006 and 0.013 higher. So compare the same five seeds with and without a change, and look at
-# the mean difference next to its *standard error*, the standard deviation of the five differences divided by
-# the root of 5: here 0.006 next to 0.008. A mean difference within two standard errors does not show which is
-# better. (With thirty pairs, of several sizes, it is 0.008 next to 0.002: better after all, but by a third of
-# what two seeds promised.)
+# it was 0.002, 0.006 and 0.013 higher. So run the same five seeds with and without a change, and compare the
+# mean difference with its *standard error*, the standard deviation of the five divided by the root of 5: here
+# 0.006 with 0.008. A difference within two standard errors shows nothing. (Thirty pairs, of several sizes,
+# gave 0.008 and 0.002: better after all, by a third of what two seeds promised.)
 #
-# Nor do the exact numbers matter. On a part of the training text we changed one at a time, for five runs
-# each: a rate of 1.5e-3 or 3e-3, a third or twice the decay, beta2 from 0.98 to 0.999, warm-up over 3 or 20%
-# of the steps, half or twice the rate for the embeddings. Nothing moved the loss by more than 0.007. A good
-# recipe is a plateau, not a peak.
+# Nor do the exact numbers matter. A rate of 1.5e-3 or 3e-3, a third or twice the decay, beta2 from 0.98 to
+# 0.999, a warm-up of 3 or 20% of the steps: each alone, by five runs on a part of the training text, moved
+# the loss by 0.007 at most. A good recipe is a plateau, not a peak.
 #
 # What is each part worth? Tiny after 500 steps, without the part or with another in its place: the loss, the
 # difference and its standard error, from five seeds. (Without `wpe` there is no head start.)
