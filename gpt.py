@@ -5,9 +5,10 @@
 """
 A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained from scratch on Shakespeare's
 plays, with PyTorch alone, on a laptop. Its claim: how a model is trained decides how good it gets, and how
-soon. On one architecture (the layers and how they are connected) our recipe takes the loss from 1.90 to 1.68;
-in haste, a single layer equals the usual tutorial's four in a thirteenth of the time. With its defaults it
-goes, in a minute and a half, from random numbers to this, where only the first name was given:
+soon. On one architecture (the layers and how they are connected) our recipe takes the loss, which says how
+badly it guesses the next character, from 1.90 to 1.68; in haste, a single layer equals a usual tutorial's
+four in a thirteenth of the time. With its defaults it goes, in a minute and a half, from random numbers to
+this, where only the first name was given:
 
     HAMLET:
     So man the enemy and rolous heaven
@@ -28,20 +29,22 @@ about the input.txt that comes with it, ten plays; where there is none, another 
                    6 batches    7 training          8 writing     9 the recipe
     The program    10 files and devices             11 the command line
 
-Read from the top. You need Python, and no idea of neural networks. Lines that begin with >>> are examples
+Read on at section 1. You need Python, and no idea of neural networks. Lines that begin with >>> are examples
 with their results; the tests run them. PyTorch computes with *tensors*, tables of numbers with any number of
-dimensions; a -1 as in softmax(-1) names the last dimension, `.item()` makes a Python number of a tensor, and
-`.long()` integers that can be an index. Losses are those of `tiny`, the default and smallest of four sizes.
+dimensions; a -1 as in softmax(-1) names the last dimension, None as an index adds one of length 1, `.item()`
+makes a Python number of a tensor, and `.long()` gives the 64-bit integers that PyTorch wants in places.
+Losses are those of `tiny`, the default and smallest of four sizes.
 A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
 
     B  batch: how many pieces of text go through the model at once, each on its own
     T  time: how many characters each piece has, at most block_size
     C  channels: how many numbers stand for one character inside the model, n_embd
-    V  vocabulary: how many different characters there are, vocab_size; N: how many a text has
+    V  vocabulary: how many different characters there are, vocab_size
+    N  how many characters a whole text has (M, where there is a second text)
 """
 
 # %% 0. Settings
-# Go on to section 1 first: each section explains its settings. All but vocab_size are also flags.
+# To look things up in: the sections explain their settings. All but vocab_size are also flags.
 
 import argparse
 import hashlib
@@ -98,8 +101,8 @@ class Config:
 
 SIZES = {  # for --size: how each differs from the defaults above
     "tiny": {},
-    "small": {"n_layer": 4, "n_embd": 192, "block_size": 256, "batch_size": 4}
-    | {"steps": 9000, "lr": 1.2e-3, "weight_decay": 0.5},
+    "small": {"n_layer": 3, "n_head": 8, "n_embd": 192, "block_size": 256, "batch_size": 4}
+    | {"steps": 11_500, "lr": 1.2e-3, "weight_decay": 0.5},
     "medium": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16}
     | {"steps": 6000, "lr": 7e-4, "weight_decay": 0.9, "dropout": 0.2},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "steps": 20_000, "lr": 3e-4},
@@ -117,7 +120,8 @@ SIZES = {  # for --size: how each differs from the defaults above
 #
 # GPT-2 has 50,257 pieces of words for tokens (Sennrich et al., 2016). In a text of a megabyte most of them
 # would occur rarely or never, and from one sight little can be learned: of the 13,338 different words in our
-# plays, 6,080 occur only once. And inside the model each token has n_embd numbers, 384 in our medium size:
+# plays, 6,080 occur only once. And in the model each token has n_embd numbers of its own, 384 in our medium
+# size. Pieces would make that table twice as large as the rest of the model:
 # >>> f"{65 * 384:,} for our characters, {50_257 * 384:,} for GPT-2's pieces"
 # "24,960 for our characters, 19,298,688 for GPT-2's pieces"
 class CharTokenizer:
@@ -210,7 +214,8 @@ def baselines(training, validation, vocab_size):
 
 # %% 2. Attention
 # A *position* is one place in the text, with what the model has noted there: a *vector*, a row of C numbers.
-# To guess the next character, it has to look back, and where to look depends on the text. After a q, the last
+# At first it says only which character stands there, and where (section 5); each layer adds to it. To guess
+# the next character, it has to look back, and where to look depends on the text. After a q, the last
 # character is enough. Inside a name, the name's beginning matters. *Attention* (Vaswani et al., 2017) lets
 # each position choose for itself.
 #
@@ -266,7 +271,8 @@ def attention_by_hand(query, key, value):
 #
 # One look is not enough: it helps to watch the last letter and the speaker's name at the same time. So there
 # are several *heads*, each with a slice of query, key and value to itself, head_size = C / n_head numbers
-# wide. With a single head the loss is 2.07 instead of 1.87; without attention 2.54, no better than bigram.
+# wide. With a single head the loss is 2.07 instead of 1.87 (in a whole run, 1.78 instead of 1.68); without
+# attention 2.54, no better than bigram.
 class Attention(nn.Module):
     """Each position gathers from itself and from those before it. (B, T, C) -> (B, T, C)"""
 
@@ -332,10 +338,11 @@ class MLP(nn.Module):
 #          |                             ^    |                       ^
 #          +--> ln_1 ---> attention -----+    +--> ln_2 ---> MLP -----+
 #
-# The upper line is the *residual stream* (Elhage et al., 2021); what is added to it makes *residual
-# connections* (He et al., 2015). What a block does not touch passes on unchanged, and in training the signal
-# of what should change (the gradient, section 7) runs back the same way, undistorted, to the lowest block.
-# Without them, already two blocks end at 2.40 instead of 1.87.
+# The upper line is the *residual stream* (Elhage et al., 2021), and its pieces past each half, the `x +` of
+# the code, are *residual connections* (He et al., 2015). What a block does not touch passes on unchanged, so
+# a later block can build on what earlier ones found out; and in training the signal of what should change
+# (the gradient, section 7) runs back the same way, undistorted, to the lowest block. Without them, already
+# two blocks end at 2.40 instead of 1.87.
 #
 # *Layer normalization* (Ba et al., 2016), ln_1 and ln_2, gives each vector mean 0 and standard deviation 1
 # (the typical distance from the mean). So a layer gets input of the same size, however much those before have
@@ -362,7 +369,8 @@ class Block(nn.Module):
 # What is missing are the two ends. Going in, each token becomes a vector, its *embedding* (Bengio et al.,
 # 2003): row number `token` of a learned table. Attention knows no order, since a mean is the same whatever
 # comes first. So a second table has a vector for each *position*, 0 to block_size - 1, and the two vectors
-# are added. Without positions, what came before is a bag of letters: 2.40 instead of 1.87.
+# are added. Without positions, what came before is a bag of letters: 2.40 instead of 1.87. (With them, but
+# without the head start of section 9, which needs them: 2.28.)
 #
 # Coming out, the dot product of each vector with each row of the first table gives a number for each
 # character, its *logit*. The larger, the likelier: softmax turns logits into probabilities. To use one table
@@ -373,9 +381,10 @@ class Block(nn.Module):
 # The *initial weights* are random. Were they equal, all rows of a matrix would give out the same, be changed
 # alike, and stay alike forever. Their size matters more than it seems. What a layer gives out is a sum of C
 # products, which grows with the root of C, as in section 2. Weights of typical size 1 / sqrt(C) cancel that
-# (LeCun et al., 1998). At width 128 this is 0.088. GPT-2 drew its weights at 0.02, not far off at its widths
-# of 768 to 1,600. At ours, each layer would speak four times too softly: normalization evens out what goes
-# into a layer, not what comes out. The first few hundred steps go into making it louder: 2.13, not 1.87.
+# (LeCun et al., 1998). At width 128 this is 0.088. GPT-2 drew its weights at 0.02, not so far off at its
+# widths of 768 to 1,600 (0.036 to 0.025). At ours, each layer would speak four times too softly, and
+# normalization evens out what goes into a layer, not what comes out. The first few hundred steps go into
+# making it louder: 2.13, not 1.87. (The MLP's second layer adds up 4 C products; we left it at that.)
 class GPT(nn.Module):
     """The whole model: tokens (B, T) -> logits (B, T, V), at each position for the token after it."""
 
@@ -417,7 +426,7 @@ class GPT(nn.Module):
 #
 # A *batch* of B sequences goes through together, since processors multiply one large matrix faster than many
 # small ones. Still larger batches make each step surer but leave fewer steps for the same amount of text: 64
-# sequences in an eighth of the steps end at 2.33 instead of 1.87.
+# sequences in an eighth of the steps, at the same rate, end at 2.33 instead of 1.87.
 #
 # Sequences begin at random places, drawn anew each time; some characters come often and some never. Random,
 # and yet repeatable: a *seed* is a number from which a random number generator starts, and the same seed
@@ -470,9 +479,9 @@ def get_batch(tokens, batch_size, block_size):
 # >>> weight.data
 # tensor([0.9000, 0.9000])
 #
-# *Weight decay*, the W, shrinks each weight a little in every step. To learn single places by heart takes
-# weights that few examples keep asking for; decay wears those down first. Only matrices decay: biases are
-# few, and the neutral value of a normalization's scale is 1, not 0.
+# *Weight decay*, the W, shrinks each weight a little in every step. A weight that many examples need is soon
+# pushed back up; one that serves to know a single place by heart is not, and wears away. Only matrices decay:
+# biases are few, and the neutral value of a normalization's scale is 1, not 0.
 def make_optimizer(model, config):
     """AdamW over all parameters of the model, with weight decay on the matrices alone."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
@@ -533,7 +542,7 @@ def evaluate(model, config, tokens):
 def train(model, optimizer, config, training, validation, start=0):
     """Train the model in place. Yields after each step: steps done, loss, validation loss (mostly None).
 
-    model: anything that maps tokens (B, T) to logits (B, T, V). start: steps done before, by the same two.
+    model: anything that maps tokens (B, T) to logits (B, T, V). start: steps that both have done before.
     """
     for step in range(start, config.steps):
         model.train()  # dropout on
@@ -606,7 +615,7 @@ def generate(model, tokenizer, prompt="", **settings):
     config, device = replace(model.config, **settings), model.wte.weight.device
     rng = torch.Generator().manual_seed(config.seed)
     model.eval()  # dropout off
-    context = tokenizer.encode(prompt) if prompt else torch.zeros(2)  # our plays' line end, twice
+    context = tokenizer.encode(prompt) if prompt else torch.zeros(2)  # token 0: our plays' line end
     context = context[-config.block_size :].long()  # (up to block_size,)
     cache, start = {}, 0  # start: how many positions are in the cache
     new = []  # tokens that are not yet a whole character
@@ -631,8 +640,8 @@ def generate(model, tokenizer, prompt="", **settings):
 # Back to the claim. The *recipe* is everything about training that is not the architecture. Here tiny begins
 # with the usual one, as nanoGPT (Karpathy, 2022) has it for a CPU: weights drawn at 0.02, 2,000 steps of 12
 # sequences of 64 characters, a rate that rises to 1e-3 in 100 steps and falls to a tenth of it, weight decay
-# 0.1. Then, row by row, what we changed, with the rows above kept. All but the last read 1.5 million
-# characters. Validation loss, mean of five runs, with seeds 1 to 5; the README has the commands.
+# 0.1. Then, row by row, what we changed, with the rows above kept. The last reads 3.0 million characters, all
+# others 1.5. Validation loss, mean of five runs, with seeds 1 to 5; the README has the commands.
 #                                                          loss   share of the way
 #     the usual recipe                                     1.904
 #     initial weights of 1 / sqrt(C)                       1.833         31%
@@ -641,8 +650,8 @@ def generate(model, tokenizer, prompt="", **settings):
 #     8 sequences of 128, in 2,900 steps: our default      1.677         23%
 #
 # Three quarters of the way are the weights' size, the rate and the head start: no computation, and no
-# architecture. The rest is patience. Taken alone, our changes of schedule, batch and context gained nothing
-# that five seeds could show.
+# architecture. The rest is patience: twice the text. Taken alone, our changes of schedule, batch and context
+# gained nothing that five seeds could show.
 #
 # And the architecture? We changed tiny's, with as many steps as the computation of a default run allows:
 #     8 heads                       1.665        4 blocks of width 96    1.695
@@ -654,16 +663,16 @@ def generate(model, tokenizer, prompt="", **settings):
 # 81 seconds; ours, with two, at 1.677 after 84. In haste, one layer is at 1.897 after 6, a thirteenth of the
 # script's. (Means of five runs; the seconds are medians.) Its flags:
 #     --n-layer 1 --block-size 64 --lr 5e-3 --steps 800
-# nanoGPT's recipe for a GPU, 5,000 steps of 64 sequences of 256 with 6 layers of 384, is at its best after
-# 1,250 steps, at 1.611. Our `small`, with a sixth of its parameters, ends at 1.587, after 19 minutes on those
-# two cores.
+# Of 6 layers of 384, nanoGPT's recipe for a GPU comes to 1.611 before it overfits (section 7), and so does
+# our `medium`, to 1.612. Our `small`, with an eighth of their parameters, comes to 1.564, in 14 minutes of
+# two cores: on a megabyte of text, ten million parameters are too many.
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
 # it was 0.002, 0.006 and 0.013 higher. So run the same five seeds with and without a change, and compare the
-# mean difference with its *standard error*, the standard deviation of the five divided by the root of 5: here
-# 0.006 with 0.008. A difference within two standard errors shows nothing. (Thirty pairs, of several sizes,
-# gave 0.008 and 0.002: better after all, by a third of what two seeds promised.)
+# mean difference, here 0.006, with its *standard error*, the standard deviation of the five differences
+# divided by the root of 5, here 0.008. Within two standard errors it shows nothing. (Thirty pairs, of several
+# sizes, gave 0.008 with an error of 0.002: better after all, but too little for the lines that it takes.)
 #
 # Nor do the exact numbers matter. A rate of 1.5e-3 or 3e-3, a third or twice the decay, beta2 from 0.98 to
 # 0.999, a warm-up of 3 or 20% of the steps: each alone, by five runs on a part of the training text, moved
@@ -696,17 +705,18 @@ def generate(model, tokenizer, prompt="", **settings):
 # unseen parts of those. A new model is at 1.91 after 300 such steps, and at 1.61 after 2,500.
 #
 # *How large a model for the time one has?* In the same time, a larger model takes fewer steps. A run costs
-# about 6ND operations: each of the N weights in the blocks takes part in six for each of D characters, two
-# forward and four backward (Kaplan et al., 2020). At each of four costs we trained five shapes, from one
-# block of width 64 to two of 192, with rates of 0.32 / C. The best of each, by five seeds:
+# about 6ND operations: each of the N weights in the blocks takes part in six for each of D characters, a
+# multiplication and an addition forward, twice that backward (Kaplan et al., 2020). At each of four costs we
+# trained five shapes, from one block of width 64 to two of 192, with rates of 0.32 / C. The best of each, by
+# five seeds:
 #     operations      blocks x width    weights    steps    loss
 #     0.3 trillion       1 x  64         49,152      976    1.87
 #     0.9                1 x  64         49,152    2,929    1.79
 #     2.7                1 x  96        110,592    3,906    1.72
 #     8.0                2 x 128        393,216    3,295    1.67
-# As a *scaling law*: twice the operations want 1.5 times the weights and 1.3 times the steps, and lower the
-# loss by 0.04. (For word pieces Kaplan et al. found 1.7 and 1.2; Hoffmann et al., 2022, 1.4 and 1.4.) But
-# operations are not seconds: matrices as small as 1 x 64's leave most of a processor idle.
+# As a *scaling law*, fitted to all: twice the operations want 1.5 times the weights and 1.3 times the steps,
+# and lower the loss by 0.04. But operations are not seconds: matrices as small as 1 x 64's leave most of a
+# processor idle.
 #
 # *The head start.* Every model of text must first discover that the last few characters matter most. Ours is
 # given it: the first block's first head begins by looking one character back, its second two, and so on. In
@@ -719,11 +729,11 @@ def generate(model, tokenizer, prompt="", **settings):
 # the character. So tokens begin in the first three quarters of the channels, positions in the last, and the
 # first block's queries and keys read only positions, its values only tokens. Positions begin as waves: C / 8
 # of them, of different lengths, each by its sine and cosine at that place. At the same place all waves agree;
-# elsewhere they disagree and cancel (until, C / 2 places on, they agree again). So a query finds a place if
-# it holds the waves of that place. `shift` moves waves on by a fixed mix of sine and cosine, the same
-# wherever one is. Head 2's query weights are its key weights, moved on by 2. So what they give at place 7 is
-# what the key weights give at place 5, as the example shows: query 7 and key 5 are equal, and a vector's
-# product with itself is large.
+# elsewhere they disagree and cancel. (C / 2 places on they agree again: tiny's head 1 also looks 65 back, and
+# training sorts that out.) So a query finds a place if it holds the waves of that place. `shift` moves waves
+# on by a fixed mix of sine and cosine, the same wherever one is. Head 2's query weights are its key weights,
+# moved on by 2. So what they give at place 7 is what the key weights give at place 5, as the example shows:
+# query 7 and key 5 are equal, and a vector's product with itself is large.
 def shift(waves, angles):
     """Move each wave on by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
 
@@ -757,14 +767,14 @@ def head_start(model):
     queries[:, :where] = 0
     keys[:, :where] = 0
     values[:, where:] = 0
-    keys *= 3  # and with them the queries: scores 9 times as large, so that softmax is nearly certain
+    keys *= 3  # and with them the queries: scores 9 times as large. Here softmax may be nearly certain
     heads = zip(queries.chunk(n_head), keys.chunk(n_head))  # (head_size, C) each
     for d, (query, key) in enumerate(heads, start=1):
         query[:, where:] = shift(key[:, where:], d * pace)
 
 
 # *The other sizes* follow from tiny. For the cost of their runs the law, stretched far beyond our runs, wants
-# about 1, 7 and 80 million weights in the blocks of small, medium and gpt2: they have 1.8, 10.6 and 85. The
+# about 1, 7 and 80 million weights in the blocks of small, medium and gpt2: they have 1.3, 10.6 and 85. The
 # wider the model, the smaller its rate, about in inverse proportion (Yang et al., 2022). Rate times decay, by
 # which a step shrinks a weight, stays near tiny's 0.0006 in small and medium.
 #
