@@ -33,8 +33,8 @@ Read on at section 1. You need Python, and no idea of neural networks. Lines tha
 with their results; the tests run them. PyTorch computes with *tensors*, tables of numbers with any number of
 dimensions; a -1 as in softmax(-1) names the last dimension, None as an index adds one of length 1, `.item()`
 makes a Python number of a tensor, and `.long()` gives the 64-bit integers that PyTorch wants in places.
-Losses are those of `tiny`, the default and smallest of four sizes.
-A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
+Losses are those of `tiny`, the default and smallest of four sizes, unless another is named. A comment such
+as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
 
     B  batch: how many pieces of text go through the model at once, each on its own
     T  time: how many characters each piece has, at most block_size
@@ -121,7 +121,7 @@ SIZES = {  # for --size: how each differs from the defaults above
 # GPT-2 has 50,257 pieces of words for tokens (Sennrich et al., 2016). In a text of a megabyte most of them
 # would occur rarely or never, and from one sight little can be learned: of the 13,338 different words in our
 # plays, 6,080 occur only once. And in the model each token has n_embd numbers of its own, 384 in our medium
-# size. Pieces would make that table twice as large as the rest of the model:
+# size. Pieces would make that table nearly twice as large as all the rest of the model:
 # >>> f"{65 * 384:,} for our characters, {50_257 * 384:,} for GPT-2's pieces"
 # "24,960 for our characters, 19,298,688 for GPT-2's pieces"
 class CharTokenizer:
@@ -663,9 +663,9 @@ def generate(model, tokenizer, prompt="", **settings):
 # 81 seconds; ours, with two, at 1.677 after 84. In haste, one layer is at 1.897 after 6, a thirteenth of the
 # script's. (Means of five runs; the seconds are medians.) Its flags:
 #     --n-layer 1 --block-size 64 --lr 5e-3 --steps 800
-# Of 6 layers of 384, nanoGPT's recipe for a GPU comes to 1.611 before it overfits (section 7), and so does
-# our `medium`, to 1.612. Our `small`, with an eighth of their parameters, comes to 1.564, in 14 minutes of
-# two cores: on a megabyte of text, ten million parameters are too many.
+# With 6 layers of 384, nanoGPT's recipe for a GPU comes to 1.611 before it overfits (section 7), our `medium`
+# to 1.612. Our `small`, with an eighth of their parameters, ends at 1.564 after 14 minutes on two cores: for
+# a megabyte of text, ten million parameters are too many. (These are single runs.)
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
