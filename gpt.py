@@ -4,11 +4,12 @@
 # ///
 """
 A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained from scratch on Shakespeare's
-plays, with PyTorch alone, on a laptop. Its claim: how a model is trained decides how good it gets, and how
-soon. On one architecture (the layers and how they are connected) our recipe takes the loss, which says how
-badly it guesses the next character, from 1.90 to 1.68; in haste, a single layer equals a usual tutorial's
-four in a thirteenth of the time. With its defaults it goes, in a minute and a half, from random numbers to
-this, where only the first name was given:
+plays, with PyTorch alone, on a laptop. Its claim: most of what makes such a model good is not its
+architecture (its parts, and how they are connected) but how it is trained. With one architecture, our recipe
+takes the *loss*, which says how badly the model guesses the next character, from 1.90 to 1.68; and a model a
+quarter as large as a usual tutorial's, trained our way, equals it in a thirteenth of the time.
+
+It begins as random numbers. After a minute and a half of training it continues "HAMLET:" like this:
 
     HAMLET:
     So man the enemy and rolous heaven
@@ -33,8 +34,7 @@ Read on at section 1. You need Python, and no idea of neural networks. Lines tha
 with their results; the tests run them. PyTorch computes with *tensors*, tables of numbers with any number of
 dimensions; a -1 as in softmax(-1) names the last dimension, None as an index adds one of length 1, `.item()`
 makes a Python number of a tensor, and `.long()` gives the 64-bit integers that PyTorch wants in places.
-Losses are those of `tiny`, the default and smallest of four sizes, unless another is named. A comment such
-as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
+A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
 
     B  batch: how many pieces of text go through the model at once, each on its own
     T  time: how many characters each piece has, at most block_size
@@ -107,6 +107,10 @@ SIZES = {  # for --size: how each differs from the defaults above
     | {"steps": 6000, "lr": 7e-4, "weight_decay": 0.9, "dropout": 0.2},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "steps": 20_000, "lr": 3e-4},
 }
+
+# Several processes can share a run (section 10). On a laptop there is one.
+RANK = int(os.environ.get("RANK", 0))  # this process's number, from 0
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 
 
 # %% 1. Text to numbers
@@ -215,27 +219,33 @@ def baselines(training, validation, vocab_size):
 # %% 2. Attention
 # A *position* is one place in the text, with what the model has noted there: a *vector*, a row of C numbers.
 # At first it says only which character stands there, and where (section 5); each layer adds to it. To guess
-# the next character, it has to look back, and where to look depends on the text. After a q, the last
+# the next character, the model has to look back, and where to look depends on the text. After a q, the last
 # character is enough. Inside a name, the name's beginning matters. *Attention* (Vaswani et al., 2017) lets
 # each position choose for itself.
 #
-# Three more vectors are made from a position's own, by weights that training adjusts:
+# It is made of *linear layers*, the plainest part of a network. The *dot product* of two vectors multiplies
+# them number by number and adds up: it is large where they agree. Each number that a linear layer gives out
+# is the dot product of what comes in with a row of *weights*, plus a *bias*. Both are parameters.
+#
+# From each position's vector, linear layers make three more:
 #     query   what this position is looking for
 #     key     what this position offers to those who look
 #     value   what it hands over when it is looked at
 #
-# A position compares its query with the key of each position, its own included, by a *dot product*: multiply
-# number by number, add up. A large *score* means "this is what I was looking for". *Softmax* turns scores
-# into *attention weights*, positive and adding up to 1: e to the power of each, divided by their sum. The
-# position then receives the mean of the values, each counted by its weight.
+# The dot product of its query with the key of a position, its own included, is that position's *score*. A
+# large one means "this is what I was looking for". *Softmax* turns scores into *attention weights*, positive
+# and adding up to 1: e to the power of each, divided by their sum. What the position receives is the mean of
+# the values, each counted by its attention weight.
 #
 # In training the whole text lies open, and all positions guess their next characters at once. So none may
 # look ahead: it would read its answer. The *causal mask* sets the scores of later positions to minus
 # infinity, and so their attention weights to 0.
 #
-# What if a part is left out? All such losses, here and below, are tiny's on the validation part after a short
-# run of 500 steps. With all parts it is 1.87. Without the mask, training looks like a triumph: 0.03 instead
-# of 1.87. But what the model then writes is nonsense, for when it writes there is nothing ahead to read.
+# What if a part is left out? We tried it, on the default model, `tiny`, with a short run of 500 *steps*: in
+# each, all parameters move a little. With all parts its validation loss is 1.87 (and 1.68 in the end, after
+# 2,900 steps). Runs that differ only in their random numbers lie some 0.01 apart; less means nothing. Without
+# the mask, training looks like a triumph: 0.03 instead of 1.87. But what the model then writes is nonsense,
+# for when it writes there is nothing ahead to read.
 def attention_by_hand(query, key, value):
     """Causal attention over T positions, step by step: (T, head_size) three times -> (T, head_size).
 
@@ -265,21 +275,21 @@ def attention_by_hand(query, key, value):
     return weights @ value  # (T, T) @ (T, head_size) -> (T, head_size)
 
 
-# The plainest part of a network is the *linear layer*: each number it gives out is the dot product of what
-# comes in with a row of *weights*, plus a *bias*. Both are parameters. In PyTorch a layer is an `nn.Module`,
-# an object that holds its parameters, and `layer(x)` runs its `forward`.
-#
 # One look is not enough: it helps to watch the last letter and the speaker's name at the same time. So there
 # are several *heads*, each with a slice of query, key and value to itself, head_size = C / n_head numbers
 # wide. With a single head the loss is 2.07 instead of 1.87 (in a whole run, 1.78 instead of 1.68); without
 # attention 2.54, no better than bigram.
+#
+# In PyTorch a layer is an `nn.Module`, an object that holds its parameters, and `layer(x)` runs its
+# `forward`.
 class Attention(nn.Module):
     """Each position gathers from itself and from those before it. (B, T, C) -> (B, T, C)"""
 
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # the names are those in GPT-2's own files
+        # One linear layer makes query, key and value. (The names are those in GPT-2's own files.)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         # A head's result fills only its own slice of the channels. The *output projection* mixes the slices,
         # so that what one head has found can reach every channel. Without: 1.95 instead of 1.87.
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -287,11 +297,12 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        # `view` cuts the last dimension into pieces. `permute` reorders dimensions: the 3 in front, to be
-        # taken apart as q, k and v; heads before positions, so that each head has its own table of scores.
+        # `view` cuts the last dimension into pieces: in tiny, (8, 128, 384) becomes (8, 128, 3, 4, 32).
+        # `permute` reorders dimensions: the 3 in front, to be taken apart as q, k and v; heads before
+        # positions, so that each head has its own table of scores.
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, n_head, head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
-        if cache is not None:  # only for writing: what this layer keeps, see section 8
+        if cache is not None:  # only for writing; skip it until section 8
             if self in cache:
                 k = torch.cat([cache[self][0], k], dim=2)  # (B, n_head, earlier positions + T, head_size)
                 v = torch.cat([cache[self][1], v], dim=2)
@@ -314,9 +325,9 @@ class Attention(nn.Module):
 # always gives one. Four times the width is a convention: twice ends at 1.90, eight times at 1.85.
 #
 # *Dropout* (Srivastava et al., 2014) sets a random share of a layer's outputs to 0, in training only, and
-# enlarges the rest to make up for it. No part can then rely on a few others, so a text is harder to learn by
-# heart. Learning is slower, too, so it pays only where a large model sees a small text many times, as medium
-# does. Tiny has none; a dropout of 0.1 costs it 0.07.
+# enlarges the rest so that sums stay as large. No part can then rely on a few others, so a text is harder to
+# learn by heart. Learning is slower, too, so it pays only where a large model sees a small text many times,
+# as medium does. Tiny has none; a dropout of 0.1 costs it 0.07.
 class MLP(nn.Module):
     """Two linear layers with an activation between them, at each position alone. (B, T, C) -> (B, T, C)"""
 
@@ -379,12 +390,16 @@ class Block(nn.Module):
 # the smallest GPT-2 the table is a third of all parameters, and a second would add as many.
 #
 # The *initial weights* are random. Were they equal, all rows of a matrix would give out the same, be changed
-# alike, and stay alike forever. Their size matters more than it seems. What a layer gives out is a sum of C
-# products, which grows with the root of C, as in section 2. Weights of typical size 1 / sqrt(C) cancel that
-# (LeCun et al., 1998). At width 128 this is 0.088. GPT-2 drew its weights at 0.02, not so far off at its
-# widths of 768 to 1,600 (0.036 to 0.025). At ours, each layer would speak four times too softly, and
-# normalization evens out what goes into a layer, not what comes out. The first few hundred steps go into
-# making it louder: 2.13, not 1.87. (The MLP's second layer adds up 4 C products; we left it at that.)
+# alike, and stay alike forever.
+#
+# How large should they be? Each number that a linear layer gives out is a sum of C products, and so grows
+# with the root of C, as in section 2. Weights of typical size 1 / sqrt(C) cancel that: what comes out is as
+# large as what went in (LeCun et al., 1998). The two tables get the same, since one of them is a layer's
+# weights too. (The MLP's second layer adds up 4 C products; we left it at that.)
+#
+# This matters more than it seems. At tiny's width, 1 / sqrt(C) is 0.088. GPT-2 drew its weights at 0.02: not
+# so far off at its own widths, 768 to 1,600 (0.036 to 0.025), but at ours each layer would speak four times
+# too softly, and the first few hundred steps would go into making it louder. The loss is then 2.13, not 1.87.
 class GPT(nn.Module):
     """The whole model: tokens (B, T) -> logits (B, T, V), at each position for the token after it."""
 
@@ -395,13 +410,14 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # "weights of the position embedding"
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # "hidden": a list of layers
-        self.ln_f = nn.LayerNorm(config.n_embd)  # "final"
+        self.ln_f = nn.LayerNorm(config.n_embd)  # "final": normalizes what all blocks have made of the stream
 
         rng = torch.Generator().manual_seed(config.seed)  # random numbers that can be repeated; see section 6
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # Two layers of each block write to the residual stream. They start smaller, as in GPT-2, so
-                # that its final size does not depend on how many blocks there are.
+                # One exception, as in GPT-2: each block has two layers that write to the residual stream,
+                # both called c_proj. They start smaller, so that many blocks don't make the stream larger
+                # than few.
                 writers = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(parameter, std=1 / math.sqrt(config.n_embd * writers), generator=rng)
             elif name.endswith("bias"):
@@ -432,10 +448,6 @@ class GPT(nn.Module):
 # and yet repeatable: a *seed* is a number from which a random number generator starts, and the same seed
 # gives the same numbers every time.
 
-# For runs that several processes share (section 10). On a laptop there is one: [RANK::WORLD_SIZE] keeps all.
-RANK = int(os.environ.get("RANK", 0))  # this process's number, from 0
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-
 
 def get_batch(tokens, batch_size, block_size):
     """A random batch from tokens (N,): inputs and targets, (B, T) each.
@@ -444,7 +456,8 @@ def get_batch(tokens, batch_size, block_size):
     >>> torch.equal(targets, inputs + 1)  # this text is 0, 1, 2, ..., so what comes next is one more
     True
     """
-    starts = torch.randint(len(tokens) - block_size, (batch_size, 1))[RANK::WORLD_SIZE]  # (B, 1)
+    starts = torch.randint(len(tokens) - block_size, (batch_size, 1))  # (B, 1)
+    starts = starts[RANK::WORLD_SIZE]  # this process's share of the batch: alone, all of it
     places = starts + torch.arange(block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
     sequences = tokens[places.to(tokens.device)].long()  # (B, T + 1); on the CPU or GPU where the tokens are
     return sequences[:, :-1], sequences[:, 1:]
@@ -461,27 +474,29 @@ def get_batch(tokens, batch_size, block_size):
 # >>> weight.grad  # at 3.001 the loss is 4.004 instead of 4: it rises four times as much as the weight
 # tensor(4.)
 #
-# The *optimizer* then moves each parameter a little the other way: guess, measure, move, again.
+# The *optimizer* then moves each parameter a little the other way: guess, measure, move, again. Plain
+# *gradient descent* moves a weight w by its gradient g times a small number, the *learning rate*:
+#     w  <-  w - lr * g
 #
-# Plain gradient descent moves each weight by its gradient times a number, the *learning rate*. But single
-# batches mislead, and layers differ: one has gradients of 100, another of 0.001. *AdamW* (Kingma and Ba,
-# 2015; Loshchilov and Hutter, 2019) keeps two running means for each weight w with gradient g:
-#     m  <-  0.9 m + 0.1 g                          which way, over the last 10 steps or so
-#     v  <-  beta2 v + (1 - beta2) g * g            how large, whatever its sign, over the last 100 or so
-#     w  <-  w - lr * ( m / sqrt(v)  +  weight_decay * w )
+# But single batches mislead, and layers differ: where one has gradients of 100 and another of 0.001, no rate
+# suits both. *AdamW* (Kingma and Ba, 2015; Loshchilov and Hutter, 2019) keeps two running means for each
+# weight, and moves it by their ratio:
+#     m  <-  0.9 m + 0.1 g                     which way, over the last 10 steps or so
+#     v  <-  beta2 v + (1 - beta2) g * g       how large, whatever its sign, over the last 100 or so
+#     w  <-  w - lr * m / sqrt(v)
 #
-# m / sqrt(v) is near 1 or -1 while the gradients agree and near 0 while they cancel, whether they are large
-# or tiny. (Both means start at 0; AdamW makes up for that in the first steps.) So a gradient of 100 and one
-# of 0.001 first move their weights alike. Plain gradient descent, at the best rate tried, ends at 1.95.
+# If g is 5 in every step, m comes to 5 and v to 25, so m / sqrt(v) is 1; so it is if g is always 0.001. If g
+# changes its sign from step to step, m stays near 0, and so does the weight. (Both means start at 0; AdamW
+# makes up for that in the first steps.) Gradient descent, at the best rate tried, ends at 1.95, not 1.87.
 # >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
 # >>> weight.grad = torch.tensor([100.0, 0.001])
 # >>> torch.optim.AdamW([weight], lr=0.1, weight_decay=0).step()
 # >>> weight.data
 # tensor([0.9000, 0.9000])
 #
-# *Weight decay*, the W, shrinks each weight a little in every step. A weight that many examples need is soon
-# pushed back up; one that serves to know a single place by heart is not, and wears away. Only matrices decay:
-# biases are few, and the neutral value of a normalization's scale is 1, not 0.
+# *Weight decay*, the W, also shrinks each weight in every step, by lr * weight_decay of its size. A weight
+# that many examples need is soon pushed back up; one that serves to know a single place by heart is not, and
+# wears away. Only matrices decay: biases are few, and a normalization's scale is neutral at 1, not at 0.
 def make_optimizer(model, config):
     """AdamW over all parameters of the model, with weight decay on the matrices alone."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
@@ -500,8 +515,8 @@ def make_optimizer(model, config):
 # *Warm-up* (Goyal et al., 2017), the straight line: at first m / sqrt(v) is near 1 or -1 for every weight, so
 # all would take a full step on the word of one batch. *Cosine decay* (Loshchilov and Hutter, 2017), half a
 # cosine wave: large steps make the weights roughly right soon, small ones settle them. A run that stays at
-# the peak ends at 1.93 instead of 1.87. Warm-up, weight decay and clipping (below) are insurance for long
-# runs of large models: leaving one out changes tiny's 1.87 by 0.01 at most.
+# the peak ends at 1.93 instead of 1.87. But warm-up, weight decay and clipping (below) are insurance, for
+# long runs of large models: leaving one out changes tiny's 1.87 by 0.01 at most.
 def learning_rate(step, config):
     """The learning rate of a step, counted from 0: a straight line up, half a cosine wave down.
 
@@ -528,13 +543,14 @@ def evaluate(model, config, tokens):
     """Mean loss in nats per token over tokens (N,), read once, in sequences of block_size."""
     model.eval()  # dropout off
     T, n = config.block_size, len(tokens) - 1
-    # The last sequence is filled up with zeros; a target of -100 tells cross_entropy not to count a place.
+    # The last sequence is filled up with zeros; where the target is -100, cross_entropy does not count.
     padding = (0, -n % T)  # -n % T: what is missing to a multiple of T
     inputs = F.pad(tokens[:-1], padding).long().view(-1, T)  # (all sequences, T)
     targets = F.pad(tokens[1:], padding, value=-100).long().view(-1, T)  # (all sequences, T)
     total = 0.0
     for x, y in zip(inputs.split(32), targets.split(32)):  # (32, T) each
         logits = model(x)  # (32, T) -> (32, T, V)
+        # Softmax, then -ln p of each target, added up. flatten lists all 32 * T questions in one row.
         total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
     return total / n
 
@@ -547,14 +563,15 @@ def train(model, optimizer, config, training, validation, start=0):
     for step in range(start, config.steps):
         model.train()  # dropout on
         # All randomness of a step, batch and dropout, comes from the seed and the step's number alone. So a
-        # run can be repeated to the bit, and one that was stopped goes on as if it had not been.
+        # run can be repeated to the bit, and one that was stopped goes on as if it had not been. (Any large
+        # number in place of 1_000_003 keeps the steps of one seed apart from those of the next.)
         torch.manual_seed(config.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
 
         inputs, targets = get_batch(training, config.batch_size, config.block_size)  # (B, T) each
         logits = model(inputs)  # (B, T) -> (B, T, V)
-        # Softmax, then the mean of -ln p of the targets. flatten lists all B * T questions in one row.
+        # As in evaluate, but their mean.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B * T, V), (B * T,) -> one number
         optimizer.zero_grad()  # gradients add up unless they are cleared
         loss.backward()
@@ -599,9 +616,9 @@ def probabilities(logits, temperature=1.0, top_k=0):
 #         context = torch.cat([context, token])
 #
 # That is a waste. Earlier positions cannot see the new character, so their keys and values are what they were
-# the time before. The *key-value cache* keeps them: in `Attention`, they are put in front of the new one's. A
-# new character then costs the work of one position. Tiny writes 2.6 times as fast, medium 6 times, and until
-# the context is full the text is the same.
+# the time before. The *key-value cache* keeps them, and `Attention` puts them in front of those of the new
+# character, which then costs the work of one position. Tiny writes 2.6 times as fast, medium 6 times, and
+# until the context is full the text is the same.
 #
 # When the context is full, there is no position left to give. If one character is dropped, all others move to
 # new positions, and their keys and values must be computed anew. So we drop the earlier half at once, send
@@ -625,8 +642,8 @@ def generate(model, tokenizer, prompt="", **settings):
             cache, start = {}, 0
         logits = model(context[None, start:].to(device), cache, start)[0, -1]  # (1, T) -> (V,); mostly T = 1
         start = len(context)
-        weights = probabilities(logits.cpu(), config.temperature, config.top_k)  # (V,)
-        token = torch.multinomial(weights, 1, generator=rng)  # (1,)
+        probs = probabilities(logits.cpu(), config.temperature, config.top_k)  # (V,)
+        token = torch.multinomial(probs, 1, generator=rng)  # (1,)
         context = torch.cat([context, token])
         # With bytes for tokens, a character takes up to four: then they are decoded together.
         new.append(token.item())
@@ -637,49 +654,49 @@ def generate(model, tokenizer, prompt="", **settings):
 
 
 # %% 9. The recipe
-# Back to the claim. The *recipe* is everything about training that is not the architecture. Here tiny begins
-# with the usual one, as nanoGPT (Karpathy, 2022) has it for a CPU: weights drawn at 0.02, 2,000 steps of 12
-# sequences of 64 characters, a rate that rises to 1e-3 in 100 steps and falls to a tenth of it, weight decay
-# 0.1. Then, row by row, what we changed, with the rows above kept. The last reads 3.0 million characters, all
-# others 1.5. Validation loss, mean of five runs, with seeds 1 to 5; the README has the commands.
+# Back to the claim. The *recipe* is everything about training that is not the architecture. We trained tiny
+# with the usual one first, as nanoGPT (Karpathy, 2022) has it for a CPU: weights drawn at 0.02, a rate that
+# rises to 1e-3 and falls to a tenth of it, weight decay 0.1, 2,000 steps of 12 sequences of 64 characters.
+# Then we changed one thing a row and kept the changes above. Validation loss, mean of five runs:
 #                                                          loss   share of the way
 #     the usual recipe                                     1.904
 #     initial weights of 1 / sqrt(C)                       1.833         31%
 #     twice the learning rate, 2e-3                        1.780         23%
-#     the head start (below); schedule and decay as ours   1.728         23%
-#     8 sequences of 128, in 2,900 steps: our default      1.677         23%
+#     the head start                                       1.728         23%
+#     twice the text: our default                          1.677         23%
 #
-# Three quarters of the way are the weights' size, the rate and the head start: no computation, and no
-# architecture. The rest is patience: twice the text. Taken alone, our changes of schedule, batch and context
-# gained nothing that five seeds could show.
+# The *head start* is about initial weights again: the first block's heads begin by looking at the last few
+# characters, one head at each (how is told below). With it came our schedule and weight decay, with the last
+# row sequences of 128; each of these alone moved the loss by 0.007 at most. So three quarters of the
+# way are how large the weights are, how far a step goes and where the heads look first: no computation, and
+# no architecture. The rest is patience.
 #
-# And the architecture? We changed tiny's, with as many steps as the computation of a default run allows:
+# And the architecture? We changed tiny's, and trained each variant for the computation of a default run:
 #     8 heads                       1.665        4 blocks of width 96    1.695
 #     an MLP of twice the width     1.681        8 blocks of width 64    1.698
 #     ReLU in place of GELU         1.687        1 block of width 192    1.714
 # All end within 0.04 of 1.677, where the recipe makes 0.23. A single head is worse by 0.10.
 #
-# In time, on two cores: a plain script of the usual recipe, with nanoGPT's four layers, ends at 1.901 after
-# 81 seconds; ours, with two, at 1.677 after 84. In haste, one layer is at 1.897 after 6, a thirteenth of the
-# script's. (Means of five runs; the seconds are medians.) Its flags:
-#     --n-layer 1 --block-size 64 --lr 5e-3 --steps 800
-# With 6 layers of 384, nanoGPT's recipe for a GPU comes to 1.611 before it overfits (section 7), our `medium`
-# to 1.612. Our `small`, with an eighth of their parameters, ends at 1.564 after 14 minutes on two cores: for
-# a megabyte of text, ten million parameters are too many. (These are single runs.)
+# And the time? On two cores, a plain script of the usual recipe, with nanoGPT's four blocks, is at 1.901
+# after 81 seconds; ours, with two, at 1.677 after 84. In haste, one block is at 1.897 after 6:
+#     python gpt.py --n-layer 1 --block-size 64 --lr 5e-3 --steps 800
+# Size does not help: with 6 blocks of 384, nanoGPT's recipe for a GPU comes to 1.611 before it overfits, and
+# our `medium` to 1.612. Our `small`, with an eighth of their parameters, ends at 1.564 after 14 minutes on
+# two cores. For ten million parameters, a megabyte of text is too little. (These three are single runs.)
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
 # it was 0.002, 0.006 and 0.013 higher. So run the same five seeds with and without a change, and compare the
 # mean difference, here 0.006, with its *standard error*, the standard deviation of the five differences
-# divided by the root of 5, here 0.008. Within two standard errors it shows nothing. (Thirty pairs, of several
-# sizes, gave 0.008 with an error of 0.002: better after all, but too little for the lines that it takes.)
+# divided by the root of 5, here 0.008. Within two standard errors it shows nothing. (It took thirty such
+# pairs to see that there is a gain, of 0.008: too small for the lines that it takes.)
 #
 # Nor do the exact numbers matter. A rate of 1.5e-3 or 3e-3, a third or twice the decay, beta2 from 0.98 to
 # 0.999, a warm-up of 3 or 20% of the steps: each alone, by five runs on a part of the training text, moved
-# the loss by 0.007 at most. A good recipe is a plateau, not a peak.
+# the loss by 0.007 at most. A good recipe is a plateau, not a peak. But the usual rate is not on it.
 #
-# What is each part worth? Tiny after 500 steps, without the part or with another in its place: the loss, the
-# difference and its standard error, from five seeds. (Without `wpe` there is no head start.)
+# *What is each part worth?* Tiny after 500 steps, without the part or with another in its place: the loss,
+# the difference and its standard error, from five seeds. (Without `wpe` there is no head start either.)
 #     with all parts                                1.866
 #     without `self.attn`                           2.54   +0.672   0.005
 #     without ln_1 and ln_2                         2.42   +0.552   0.005
@@ -700,9 +717,10 @@ def generate(model, tokenizer, prompt="", **settings):
 #     the comedies in it            442,000               1.718
 #     half of each play             570,000               1.728
 #     as much of the tragedies      442,000               1.800
-# The comedies alone do no worse than half of everything. *Fine-tuning* trains a finished model further, on
-# text like what it is for: a model of eight of the plays, after 300 steps on the other two, is at 1.57 on
-# unseen parts of those. A new model is at 1.91 after 300 such steps, and at 1.61 after 2,500.
+# The comedies alone do no worse than half of everything: text like the one you want is worth more than any.
+# *Fine-tuning* goes on from there, and trains a finished model further on text like what it is for: a model
+# of eight of the plays, after 300 steps on the other two, is at 1.57 on unseen parts of those. A new model is
+# at 1.91 after 300 such steps, and at 1.61 after 2,500.
 #
 # *How large a model for the time one has?* In the same time, a larger model takes fewer steps. A run costs
 # about 6ND operations: each of the N weights in the blocks takes part in six for each of D characters, a
@@ -715,25 +733,33 @@ def generate(model, tokenizer, prompt="", **settings):
 #     2.7                1 x  96        110,592    3,906    1.72
 #     8.0                2 x 128        393,216    3,295    1.67
 # As a *scaling law*, fitted to all: twice the operations want 1.5 times the weights and 1.3 times the steps,
-# and lower the loss by 0.04. But operations are not seconds: matrices as small as 1 x 64's leave most of a
-# processor idle.
+# and lower the loss by 0.04. (But operations are not seconds: matrices as small as 1 x 64's leave most of a
+# processor idle.)
 #
-# *The head start.* Every model of text must first discover that the last few characters matter most. Ours is
+# The other sizes follow from tiny. For the cost of their runs the law, stretched far beyond our runs, wants
+# about 1, 7 and 80 million weights in the blocks of small, medium and gpt2: they have 1.3, 10.6 and 85. The
+# wider the model, the smaller its rate, about in inverse proportion (Yang et al., 2022). Rate times decay, by
+# which a step shrinks a weight, stays near tiny's 0.0006 in small and medium.
+#
+# *The head start*, last, because it may wait for a second reading: to skip it, go to *From here to the models
+# in the news*. Every model of text must first discover that the last few characters matter most. Ours is
 # given it: the first block's first head begins by looking one character back, its second two, and so on. In
-# longer runs models without it catch up: after 500 steps it gains 0.41, in the recipe's table 0.05. How it is
-# done may wait for a second reading; to skip it, go to *The other sizes*.
+# longer runs models without it catch up: after 500 steps it gains 0.41, in a whole run 0.05.
 #     text           ... i s _ t h e _ q u [e]      what follows the e in brackets?
 #     heads look at                4 3 2 1          head 1 at the u, head 2 at the q, and so on
 #
 # It is hard to discover, because character and place share one vector: a query about the place also picks up
 # the character. So tokens begin in the first three quarters of the channels, positions in the last, and the
-# first block's queries and keys read only positions, its values only tokens. Positions begin as waves: C / 8
-# of them, of different lengths, each by its sine and cosine at that place. At the same place all waves agree;
-# elsewhere they disagree and cancel. (C / 2 places on they agree again: tiny's head 1 also looks 65 back, and
-# training sorts that out.) So a query finds a place if it holds the waves of that place. `shift` moves waves
-# on by a fixed mix of sine and cosine, the same wherever one is. Head 2's query weights are its key weights,
-# moved on by 2. So what they give at place 7 is what the key weights give at place 5, as the example shows:
-# query 7 and key 5 are equal, and a vector's product with itself is large.
+# first block's queries and keys read only positions, its values only tokens.
+#
+# Positions begin as waves: C / 8 of them, of different lengths, each by its sine and cosine at that place. At
+# the same place all waves agree; elsewhere they disagree and cancel. So a query finds a place if it holds the
+# waves of that place. (C / 2 places on they agree again: tiny's head 1 also looks 65 back, and training sorts
+# that out.)
+#
+# `shift` moves waves on by a fixed mix of sine and cosine, the same wherever one is. Head 2's query weights
+# are its key weights, moved on by 2. So what they give at place 7 is what the key weights give at place 5, as
+# the example shows: query 7 and key 5 are equal, and a vector's product with itself is large.
 def shift(waves, angles):
     """Move each wave on by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
 
@@ -751,7 +777,10 @@ def shift(waves, angles):
 
 @torch.no_grad()
 def head_start(model):
-    """Let head d of a new model's first block begin by looking d characters back. Changes initial weights."""
+    """Let head d of a new model's first block begin by looking d characters back. Changes initial weights.
+
+    GPT(config) is plain GPT-2, without it: call this before training, as `build` does.
+    """
     C, T, n_head = model.config.n_embd, model.config.block_size, model.config.n_head
     n = C // 8  # waves
     where = C - 2 * n  # channels from here on are for the position, those before for the character
@@ -773,11 +802,6 @@ def head_start(model):
         query[:, where:] = shift(key[:, where:], d * pace)
 
 
-# *The other sizes* follow from tiny. For the cost of their runs the law, stretched far beyond our runs, wants
-# about 1, 7 and 80 million weights in the blocks of small, medium and gpt2: they have 1.3, 10.6 and 85. The
-# wider the model, the smaller its rate, about in inverse proportion (Yang et al., 2022). Rate times decay, by
-# which a step shrinks a weight, stays near tiny's 0.0006 in small and medium.
-#
 # *From here to the models in the news.* You have now seen every main part of a language model. What separates
 # it from those is first of all scale. GPT-2 (Radford et al., 2019) has this file's architecture with word
 # pieces instead of characters, 124 million to 1.5 billion parameters, and 40 gigabytes of text. Today's
