@@ -4,10 +4,11 @@
 # ///
 """
 A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained from scratch on Shakespeare's
-plays, with PyTorch alone, on a laptop. Its claim: most of what makes such a model good is not its
-architecture (its parts, and how they are connected) but how it is trained. With one architecture, our recipe
-takes the *loss*, which says how badly the model guesses the next character, from 1.90 to 1.68; and a model a
-quarter as large as a usual tutorial's, trained our way, equals it in a thirteenth of the time.
+plays, with PyTorch alone, on a laptop. Its claim: once a model has the parts of a GPT, how many there are and
+how wide matters less than how it is trained. With one architecture, our recipe takes the *loss*, which says
+how badly the model guesses the next character, from 1.90 to 1.68 (an even guess costs 4.17, counting pairs of
+characters comes to 2.53); and a model a quarter as large as a usual tutorial's, trained our way, equals it in
+a thirteenth of the time.
 
 It begins as random numbers. After a minute and a half of training it continues "HAMLET:" like this:
 
@@ -32,9 +33,9 @@ about the input.txt that comes with it, ten plays; where there is none, another 
 
 Read on at section 1. You need Python, and no idea of neural networks. Lines that begin with >>> are examples
 with their results; the tests run them. PyTorch computes with *tensors*, tables of numbers with any number of
-dimensions; a -1 as in softmax(-1) names the last dimension, None as an index adds one of length 1, `.item()`
-makes a Python number of a tensor, and `.long()` gives the 64-bit integers that PyTorch wants in places.
-A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
+dimensions; where one is asked for, -1 means the last, and None as an index adds one of length 1. `.item()`
+makes a Python number of a tensor, and `.long()` gives the 64-bit integers that PyTorch wants in places. A
+comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
 
     B  batch: how many pieces of text go through the model at once, each on its own
     T  time: how many characters each piece has, at most block_size
@@ -124,8 +125,8 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 #
 # GPT-2 has 50,257 pieces of words for tokens (Sennrich et al., 2016). In a text of a megabyte most of them
 # would occur rarely or never, and from one sight little can be learned: of the 13,338 different words in our
-# plays, 6,080 occur only once. And in the model each token has n_embd numbers of its own, 384 in our medium
-# size. Pieces would make that table nearly twice as large as all the rest of the model:
+# plays, 6,080 occur only once. And in the model each token has a row of numbers of its own (section 5), 384
+# in our medium size. Pieces would make that table nearly twice as large as the other 10.7 million parameters:
 # >>> f"{65 * 384:,} for our characters, {50_257 * 384:,} for GPT-2's pieces"
 # "24,960 for our characters, 19,298,688 for GPT-2's pieces"
 class CharTokenizer:
@@ -196,8 +197,9 @@ def count_pairs(tokens, vocab_size):
     return torch.bincount(pairs, minlength=vocab_size**2).view(vocab_size, vocab_size)
 
 
-# Why not count longer pieces instead? Already of the 65 * 65 pairs most never occur, and a dictionary's
-# 200,000 words would make 40 billion: no text could fill such a table. A model must learn what pieces share.
+# Why not count longer pieces instead? Already of the 65 * 65 pairs most never occur. With a dictionary's
+# 200,000 words for tokens there would be 40 billion: no text could fill such a table. A model must learn what
+# pieces share.
 # >>> text = Path("input.txt").read_text(encoding="utf-8")
 # >>> pairs = count_pairs(CharTokenizer.from_text(text).encode(text), 65)
 # >>> f"{pairs.count_nonzero():,} of {65 * 65:,} pairs occur; 200,000 words: {200_000**2:,} pairs"
@@ -225,9 +227,10 @@ def baselines(training, validation, vocab_size):
 #
 # It is made of *linear layers*, the plainest part of a network. The *dot product* of two vectors multiplies
 # them number by number and adds up: it is large where they agree. Each number that a linear layer gives out
-# is the dot product of what comes in with a row of *weights*, plus a *bias*. Both are parameters.
+# is the dot product of what comes in with a row of *weights*, plus a *bias*: with weights 2 and -1 and a bias
+# of 3, the input (5, 4) gives 2 * 5 - 1 * 4 + 3 = 9. Weights and biases are parameters: nobody programs them.
 #
-# From each position's vector, linear layers make three more:
+# From each position's vector, linear layers make three more, and training finds out what is useful in them:
 #     query   what this position is looking for
 #     key     what this position offers to those who look
 #     value   what it hands over when it is looked at
@@ -243,9 +246,9 @@ def baselines(training, validation, vocab_size):
 #
 # What if a part is left out? We tried it, on the default model, `tiny`, with a short run of 500 *steps*: in
 # each, all parameters move a little. With all parts its validation loss is 1.87 (and 1.68 in the end, after
-# 2,900 steps). Runs that differ only in their random numbers lie some 0.01 apart; less means nothing. Without
-# the mask, training looks like a triumph: 0.03 instead of 1.87. But what the model then writes is nonsense,
-# for when it writes there is nothing ahead to read.
+# 2,900 steps). Two runs that differ only in their random numbers lie some 0.01 apart, so less than that means
+# nothing. Without the mask, training looks like a triumph: 0.03 instead of 1.87. But what the model then
+# writes is nonsense, for when it writes there is nothing ahead to read.
 def attention_by_hand(query, key, value):
     """Causal attention over T positions, step by step: (T, head_size) three times -> (T, head_size).
 
@@ -271,8 +274,8 @@ def attention_by_hand(query, key, value):
     # one random place before it had learned anything.
     scores = scores / math.sqrt(query.size(-1))  # (T, T)
     ahead = torch.ones_like(scores).triu(1).bool()  # (T, T) true where column > row: above the diagonal
-    weights = scores.masked_fill(ahead, -math.inf).softmax(-1)  # (T, T) each row adds up to 1
-    return weights @ value  # (T, T) @ (T, head_size) -> (T, head_size)
+    attention_weights = scores.masked_fill(ahead, -math.inf).softmax(-1)  # (T, T) each row adds up to 1
+    return attention_weights @ value  # (T, T) @ (T, head_size) -> (T, head_size)
 
 
 # One look is not enough: it helps to watch the last letter and the speaker's name at the same time. So there
@@ -349,9 +352,9 @@ class MLP(nn.Module):
 #          |                             ^    |                       ^
 #          +--> ln_1 ---> attention -----+    +--> ln_2 ---> MLP -----+
 #
-# The upper line is the *residual stream* (Elhage et al., 2021), and its pieces past each half, the `x +` of
-# the code, are *residual connections* (He et al., 2015). What a block does not touch passes on unchanged, so
-# a later block can build on what earlier ones found out; and in training the signal of what should change
+# The upper line is the *residual stream* (Elhage et al., 2021). Its stretches that bypass a half, the `x +`
+# of the code, are *residual connections* (He et al., 2015). What a block does not touch passes on unchanged,
+# so a later block can build on what earlier ones found out; and in training the signal of what should change
 # (the gradient, section 7) runs back the same way, undistorted, to the lowest block. Without them, already
 # two blocks end at 2.40 instead of 1.87.
 #
@@ -380,8 +383,8 @@ class Block(nn.Module):
 # What is missing are the two ends. Going in, each token becomes a vector, its *embedding* (Bengio et al.,
 # 2003): row number `token` of a learned table. Attention knows no order, since a mean is the same whatever
 # comes first. So a second table has a vector for each *position*, 0 to block_size - 1, and the two vectors
-# are added. Without positions, what came before is a bag of letters: 2.40 instead of 1.87. (With them, but
-# without the head start of section 9, which needs them: 2.28.)
+# are added. Without positions, what came before is a bag of letters: 2.40 instead of 1.87. (Most of that is
+# the head start of section 9, which needs them: with positions, but without it, the loss is 2.28.)
 #
 # Coming out, the dot product of each vector with each row of the first table gives a number for each
 # character, its *logit*. The larger, the likelier: softmax turns logits into probabilities. To use one table
@@ -395,7 +398,7 @@ class Block(nn.Module):
 # How large should they be? Each number that a linear layer gives out is a sum of C products, and so grows
 # with the root of C, as in section 2. Weights of typical size 1 / sqrt(C) cancel that: what comes out is as
 # large as what went in (LeCun et al., 1998). The two tables get the same, since one of them is a layer's
-# weights too. (The MLP's second layer adds up 4 C products; we left it at that.)
+# weights too. (The MLP's second layer adds up 4 C products, so it gives out twice as much; we left it so.)
 #
 # This matters more than it seems. At tiny's width, 1 / sqrt(C) is 0.088. GPT-2 drew its weights at 0.02: not
 # so far off at its own widths, 768 to 1,600 (0.036 to 0.025), but at ours each layer would speak four times
@@ -442,9 +445,9 @@ class GPT(nn.Module):
 #
 # A *batch* of B sequences goes through together, since processors multiply one large matrix faster than many
 # small ones. Still larger batches make each step surer but leave fewer steps for the same amount of text: 64
-# sequences in an eighth of the steps, at the same rate, end at 2.33 instead of 1.87.
+# sequences in an eighth of the steps, at the same learning rate (section 7), end at 2.33 instead of 1.87.
 #
-# Sequences begin at random places, drawn anew each time; some characters come often and some never. Random,
+# Sequences begin at random places, drawn anew each time; some passages come often and some never. Random,
 # and yet repeatable: a *seed* is a number from which a random number generator starts, and the same seed
 # gives the same numbers every time.
 
@@ -480,7 +483,7 @@ def get_batch(tokens, batch_size, block_size):
 #
 # But single batches mislead, and layers differ: where one has gradients of 100 and another of 0.001, no rate
 # suits both. *AdamW* (Kingma and Ba, 2015; Loshchilov and Hutter, 2019) keeps two running means for each
-# weight, and moves it by their ratio:
+# weight, and moves it by the first, divided by the root of the second:
 #     m  <-  0.9 m + 0.1 g                     which way, over the last 10 steps or so
 #     v  <-  beta2 v + (1 - beta2) g * g       how large, whatever its sign, over the last 100 or so
 #     w  <-  w - lr * m / sqrt(v)
@@ -534,10 +537,10 @@ def learning_rate(step, config):
 # How good is the model? The *validation loss* is the one number to judge by: the mean over the whole
 # validation part, cut into sequences. While it falls together with the training loss, the model is learning
 # the language. When the training loss goes on falling and this one turns and rises, it is learning its text
-# by heart: *overfitting*. A usual recipe for a GPU, whose 10.7 million parameters read our plays 72 times
-# (section 9), is at 1.61 after a quarter of its steps and at 2.21 in the end, while its training loss falls
-# from 1.20 to 0.63. More text helps; so do weight decay, dropout, and keeping the best weights. (A gap alone
-# is no proof: the validation text has other scenes, with new names.)
+# by heart: *overfitting*. nanoGPT's model for a GPU, of 10.7 million parameters, reads our plays 72 times.
+# After a quarter of its steps it is at 1.61, in the end at 2.21, while its training loss falls from 1.20 to
+# 0.63. More text helps; so do weight decay, dropout, and keeping the best weights. (A gap alone is no proof:
+# the validation text has other scenes, with new names.)
 @torch.no_grad()  # nothing is learned here, so PyTorch need not remember how the loss came about
 def evaluate(model, config, tokens):
     """Mean loss in nats per token over tokens (N,), read once, in sequences of block_size."""
@@ -632,10 +635,10 @@ def generate(model, tokenizer, prompt="", **settings):
     config, device = replace(model.config, **settings), model.wte.weight.device
     rng = torch.Generator().manual_seed(config.seed)
     model.eval()  # dropout off
-    context = tokenizer.encode(prompt) if prompt else torch.zeros(2)  # token 0: our plays' line end
+    context = tokenizer.encode(prompt) if prompt else torch.zeros(2)  # 0: the line end in our plays
     context = context[-config.block_size :].long()  # (up to block_size,)
     cache, start = {}, 0  # start: how many positions are in the cache
-    new = []  # tokens that are not yet a whole character
+    new = []  # tokens not yet written; with characters for tokens, never more than one
     for _ in range(config.length):
         if len(context) > config.block_size:
             context = context[-max(1, config.block_size // 2) :]
@@ -645,7 +648,7 @@ def generate(model, tokenizer, prompt="", **settings):
         probs = probabilities(logits.cpu(), config.temperature, config.top_k)  # (V,)
         token = torch.multinomial(probs, 1, generator=rng)  # (1,)
         context = torch.cat([context, token])
-        # With bytes for tokens, a character takes up to four: then they are decoded together.
+        # For those who make bytes their tokens: up to four of them are one character.
         new.append(token.item())
         text = tokenizer.decode(new)
         if not text.endswith("\ufffd") or len(new) == 4:
@@ -657,52 +660,60 @@ def generate(model, tokenizer, prompt="", **settings):
 # Back to the claim. The *recipe* is everything about training that is not the architecture. We trained tiny
 # with the usual one first, as nanoGPT (Karpathy, 2022) has it for a CPU: weights drawn at 0.02, a rate that
 # rises to 1e-3 and falls to a tenth of it, weight decay 0.1, 2,000 steps of 12 sequences of 64 characters.
-# Then we changed one thing a row and kept the changes above. Validation loss, mean of five runs:
+# Then we changed one main thing a row and kept the changes above. Validation loss, mean of five runs:
 #                                                          loss   share of the way
 #     the usual recipe                                     1.904
 #     initial weights of 1 / sqrt(C)                       1.833         31%
 #     twice the learning rate, 2e-3                        1.780         23%
 #     the head start                                       1.728         23%
-#     twice the text: our default                          1.677         23%
+#     reading twice as many characters: our default        1.677         23%
 #
 # The *head start* is about initial weights again: the first block's heads begin by looking at the last few
-# characters, one head at each (how is told below). With it came our schedule and weight decay, with the last
-# row sequences of 128; each of these alone moved the loss by 0.007 at most. So three quarters of the
-# way are how large the weights are, how far a step goes and where the heads look first: no computation, and
-# no architecture. The rest is patience.
+# characters, one head at each (how is told below). Its row also has our schedule and weight decay, the last
+# one sequences of 128; each of these alone moved the loss by 0.007 at most. So three quarters of the way are
+# how large the weights are, how far a step goes and where the heads look first: no computation, and no
+# architecture. The rest is patience.
 #
-# And the architecture? We changed tiny's, and trained each variant for the computation of a default run:
+# And the architecture? To leave a part out is ruinous, as the table of parts below shows. But how many there
+# are, and how wide, matters less. Means of five runs, each with the computation of a default run:
 #     8 heads                       1.665        4 blocks of width 96    1.695
 #     an MLP of twice the width     1.681        8 blocks of width 64    1.698
 #     ReLU in place of GELU         1.687        1 block of width 192    1.714
-# All end within 0.04 of 1.677, where the recipe makes 0.23. A single head is worse by 0.10.
+# All end within 0.04 of 1.677, where the recipe makes 0.23. There are limits: a single head is worse by 0.10.
 #
-# And the time? On two cores, a plain script of the usual recipe, with nanoGPT's four blocks, is at 1.901
-# after 81 seconds; ours, with two, at 1.677 after 84. In haste, one block is at 1.897 after 6:
+# And the time? On two cores, a plain script of the usual recipe, with nanoGPT's own four blocks instead of
+# two, is at 1.901 after 81 seconds; our tiny, at 1.677 after 84. And a single block equals the four in 6
+# seconds:
 #     python gpt.py --n-layer 1 --block-size 64 --lr 5e-3 --steps 800
-# Size does not help: with 6 blocks of 384, nanoGPT's recipe for a GPU comes to 1.611 before it overfits, and
-# our `medium` to 1.612. Our `small`, with an eighth of their parameters, ends at 1.564 after 14 minutes on
-# two cores. For ten million parameters, a megabyte of text is too little. (These three are single runs.)
+# It ends at 1.897. The same block, trained by the usual recipe, is at 2.270 after as many steps of as much
+# text, and at 1.919 after all the script's: four blocks for one make less of a difference than the recipe.
+#
+# Size helps as far as the text reaches. Our `small`, of 1.4 million parameters, ends at 1.564 after 14
+# minutes on two cores. With eight times as many, `medium` ends at 1.612, and so does nanoGPT's recipe for a
+# GPU, at 1.611 before it overfits: there the text is the limit, and our recipe gains nothing. (Single runs:
+# believe the 0.05, not the 0.001.)
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
 # it was 0.002, 0.006 and 0.013 higher. So run the same five seeds with and without a change, and compare the
-# mean difference, here 0.006, with its *standard error*, the standard deviation of the five differences
+# mean difference, here 0.006 lower, with its *standard error*, the standard deviation of the five differences
 # divided by the root of 5, here 0.008. Within two standard errors it shows nothing. (It took thirty such
 # pairs to see that there is a gain, of 0.008: too small for the lines that it takes.)
 #
 # Nor do the exact numbers matter. A rate of 1.5e-3 or 3e-3, a third or twice the decay, beta2 from 0.98 to
-# 0.999, a warm-up of 3 or 20% of the steps: each alone, by five runs on a part of the training text, moved
-# the loss by 0.007 at most. A good recipe is a plateau, not a peak. But the usual rate is not on it.
+# 0.999, a warm-up of 3 or 20% of the steps: each alone, by five runs judged on a part of the training text
+# that was kept for such trials, moved the loss by 0.004 at most. A good recipe is a plateau, not a peak. But
+# the usual rate is not on it.
 #
 # *What is each part worth?* Tiny after 500 steps, without the part or with another in its place: the loss,
-# the difference and its standard error, from five seeds. (Without `wpe` there is no head start either.)
+# the difference and its standard error, from five seeds. So short a run exaggerates what helps a model to
+# start fast: the head start gains 0.41 here and 0.05 in a whole run, the initial weights 0.26 and 0.07.
 #     with all parts                                1.866
 #     without `self.attn`                           2.54   +0.672   0.005
 #     without ln_1 and ln_2                         2.42   +0.552   0.005
 #     without `wpe` in GPT.forward                  2.40   +0.535   0.006
 #     without `x +` in Block, twice                 2.40   +0.530   0.007
-#     --batch-size 64 --steps 62                    2.33   +0.469   0.010
+#     batches of 64, an eighth of the steps         2.33   +0.469   0.010
 #     --no-head-start                               2.28   +0.414   0.012
 #     without F.gelu                                2.13   +0.265   0.006
 #     `std=0.02` in place of 1 / sqrt(C)            2.13   +0.260   0.014
@@ -718,33 +729,33 @@ def generate(model, tokenizer, prompt="", **settings):
 #     half of each play             570,000               1.728
 #     as much of the tragedies      442,000               1.800
 # The comedies alone do no worse than half of everything: text like the one you want is worth more than any.
-# *Fine-tuning* goes on from there, and trains a finished model further on text like what it is for: a model
-# of eight of the plays, after 300 steps on the other two, is at 1.57 on unseen parts of those. A new model is
-# at 1.91 after 300 such steps, and at 1.61 after 2,500.
+# *Fine-tuning* goes on from there, and trains a finished model further on text like what it is for. A model
+# of eight of the plays is at 1.73 on unseen parts of the other two, and after 300 steps on these at 1.57. A
+# new model is at 1.91 after 300 such steps, and at 1.61 after 2,500.
 #
 # *How large a model for the time one has?* In the same time, a larger model takes fewer steps. A run costs
-# about 6ND operations: each of the N weights in the blocks takes part in six for each of D characters, a
-# multiplication and an addition forward, twice that backward (Kaplan et al., 2020). At each of four costs we
-# trained five shapes, from one block of width 64 to two of 192, with rates of 0.32 / C. The best of each, by
-# five seeds:
+# about 6ND operations: each of the N weights in the blocks (N as in the papers) takes part in two for each of
+# D characters forward, a multiplication and an addition, and in four backward (Kaplan et al., 2020). At each
+# of four costs we trained five shapes, from one block of width 64 to two of 192, with rates of 0.32 / C. The
+# best of each, by five seeds:
 #     operations      blocks x width    weights    steps    loss
 #     0.3 trillion       1 x  64         49,152      976    1.87
 #     0.9                1 x  64         49,152    2,929    1.79
 #     2.7                1 x  96        110,592    3,906    1.72
 #     8.0                2 x 128        393,216    3,295    1.67
 # As a *scaling law*, fitted to all: twice the operations want 1.5 times the weights and 1.3 times the steps,
-# and lower the loss by 0.04. (But operations are not seconds: matrices as small as 1 x 64's leave most of a
-# processor idle.)
+# and lower the loss by 0.04.
 #
 # The other sizes follow from tiny. For the cost of their runs the law, stretched far beyond our runs, wants
-# about 1, 7 and 80 million weights in the blocks of small, medium and gpt2: they have 1.3, 10.6 and 85. The
-# wider the model, the smaller its rate, about in inverse proportion (Yang et al., 2022). Rate times decay, by
-# which a step shrinks a weight, stays near tiny's 0.0006 in small and medium.
+# about 1, 7 and 80 million weights in the blocks of small, medium and gpt2: they have 1.3, 10.6 and 85. But
+# it supposes text enough: medium and gpt2 want more than our megabyte. The wider the model, the smaller its
+# rate, about in inverse proportion (Yang et al., 2022). Rate times decay, by which a step shrinks a weight,
+# stays near tiny's 0.0006 in small and medium.
 #
 # *The head start*, last, because it may wait for a second reading: to skip it, go to *From here to the models
 # in the news*. Every model of text must first discover that the last few characters matter most. Ours is
 # given it: the first block's first head begins by looking one character back, its second two, and so on. In
-# longer runs models without it catch up: after 500 steps it gains 0.41, in a whole run 0.05.
+# longer runs models without it nearly catch up.
 #     text           ... i s _ t h e _ q u [e]      what follows the e in brackets?
 #     heads look at                4 3 2 1          head 1 at the u, head 2 at the q, and so on
 #
@@ -757,9 +768,10 @@ def generate(model, tokenizer, prompt="", **settings):
 # waves of that place. (C / 2 places on they agree again: tiny's head 1 also looks 65 back, and training sorts
 # that out.)
 #
-# `shift` moves waves on by a fixed mix of sine and cosine, the same wherever one is. Head 2's query weights
-# are its key weights, moved on by 2. So what they give at place 7 is what the key weights give at place 5, as
-# the example shows: query 7 and key 5 are equal, and a vector's product with itself is large.
+# `shift` turns weights that read one place into weights that read another: what the key weights give at place
+# 5, the same weights shifted by 2 give at place 7, as the example shows. (It is a fixed mix of sine and
+# cosine, the same wherever one is.) Head 2's query weights are its key weights, shifted by 2. So the query at
+# 7 equals the key at 5, a vector's product with itself is large, and place 7 looks at place 5.
 def shift(waves, angles):
     """Move each wave on by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
 
@@ -830,8 +842,8 @@ def read_text(path):
 
 
 # A *checkpoint* is a file with a model in it and, while its run goes on, with all that it takes to go on. A
-# run is first saved at its first evaluation; then at each, and every minute. Until that first time, an
-# earlier model of the same name stays; then it gets .old behind its name. So Ctrl-C, a crash and a power cut
+# run is first saved at its first evaluation; then at each, and every minute. The first time, an earlier model
+# of the same name gets .old behind its name; until then it stays. So Ctrl-C, a crash and a power cut
 # are one case: `--resume` goes on from the last save and ends, to the bit, like a run that was left alone.
 def save(path, model, tokenizer, progress=None, keep_old=False):
     """Write a checkpoint, a dict, to a file, whole or not at all. Raises OSError.
@@ -878,7 +890,7 @@ def load(path="gpt.pt", device="cpu"):
     return model.to(device).eval(), CharTokenizer(found["characters"])
 
 
-# What is computed from tensors on a device, be it the CPU, NVIDIA's cuda or Apple's mps, is computed there.
+# PyTorch computes on the *device* where the tensors are: the CPU, NVIDIA's cuda or Apple's mps.
 def pick_device(name):
     """The torch.device of this name; auto is a GPU if there is one. Raises ValueError."""
     if name == "auto" and torch.accelerator.is_available():
@@ -964,7 +976,7 @@ def parse(argv):
     if args.resume or args.init_from or args.generate:
         found, _ = read_checkpoint(args.init_from or args.out)
         defaults = {"data": found.get("data", "input.txt")} | found["config"]
-    if args.init_from:  # a quarter of the learning rate that is right for its width, lest it forget
+    if args.init_from:  # tiny's rate is 0.256 / its width; a quarter of that, lest the model forget
         defaults = defaults | {"steps": 300, "eval_every": 60, "lr": 0.064 / defaults["n_embd"]}
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)  # once more: what is typed beats these defaults
