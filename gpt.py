@@ -77,7 +77,7 @@ class Config:
     n_head: int = setting(4, "attention heads in a block; must divide n_embd")
     n_embd: int = setting(128, "numbers that stand for one character")
     block_size: int = setting(128, "context: how many characters the model looks back on")
-    # Its training (sections 6, 7 and 9).
+    # Its training (sections 3, 6, 7 and 9).
     batch_size: int = setting(8, "sequences in a step")
     steps: int = setting(2900, "steps of training")
     lr: float = setting(2e-3, "learning rate at its peak")
@@ -103,7 +103,7 @@ class Config:
 SIZES = {  # for --size: how each differs from the defaults above
     "tiny": {},
     "small": {"n_layer": 3, "n_head": 8, "n_embd": 192, "block_size": 256, "batch_size": 4}
-    | {"steps": 11_500, "lr": 1.2e-3, "weight_decay": 0.5},
+    | {"steps": 15_000, "lr": 1.2e-3, "weight_decay": 0.5, "dropout": 0.05},
     "medium": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16}
     | {"steps": 6000, "lr": 7e-4, "weight_decay": 0.9, "dropout": 0.2},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "steps": 20_000, "lr": 3e-4},
@@ -235,7 +235,7 @@ def baselines(training, validation, vocab_size):
 #     key     what this position offers to those who look
 #     value   what it hands over when it is looked at
 #
-# The dot product of its query with the key of a position, its own included, is that position's *score*. A
+# The dot product of one position's query with the key of another, or with its own, is a *score*. A
 # large one means "this is what I was looking for". *Softmax* turns scores into *attention weights*, positive
 # and adding up to 1: e to the power of each, divided by their sum. What the position receives is the mean of
 # the values, each counted by its attention weight.
@@ -268,7 +268,7 @@ def attention_by_hand(query, key, value):
     # `@` makes the dot product of each row on its left with each column on its right; .T turns rows into
     # columns. Row i, column j: the score that position i gives to position j.
     scores = query @ key.T  # (T, head_size) @ (head_size, T) -> (T, T)
-    # Why divide by the root of head_size, the length of these vectors (32 in tiny)? Add up 32 products of
+    # Why divide by the root of head_size, the size of these vectors (32 in tiny)? Add up 32 products of
     # random sign and size 1: they partly cancel, and chance alone gives about 5.7, the root of 32. Softmax
     # exaggerates: a score 5.7 ahead gets almost 300 times the weight. Undivided, a position could stare at
     # one random place before it had learned anything.
@@ -329,8 +329,8 @@ class Attention(nn.Module):
 #
 # *Dropout* (Srivastava et al., 2014) sets a random share of a layer's outputs to 0, in training only, and
 # enlarges the rest so that sums stay as large. No part can then rely on a few others, so a text is harder to
-# learn by heart. Learning is slower, too, so it pays only where a large model sees a small text many times,
-# as medium does. Tiny has none; a dropout of 0.1 costs it 0.07.
+# learn by heart. Learning is slower, too, so it pays only where a model sees a small text many times, as
+# small and medium do. Tiny has none; a dropout of 0.1 costs it 0.07.
 class MLP(nn.Module):
     """Two linear layers with an activation between them, at each position alone. (B, T, C) -> (B, T, C)"""
 
@@ -537,10 +537,10 @@ def learning_rate(step, config):
 # How good is the model? The *validation loss* is the one number to judge by: the mean over the whole
 # validation part, cut into sequences. While it falls together with the training loss, the model is learning
 # the language. When the training loss goes on falling and this one turns and rises, it is learning its text
-# by heart: *overfitting*. nanoGPT's model for a GPU, of 10.7 million parameters, reads our plays 72 times.
-# After a quarter of its steps it is at 1.61, in the end at 2.21, while its training loss falls from 1.20 to
-# 0.63. More text helps; so do weight decay, dropout, and keeping the best weights. (A gap alone is no proof:
-# the validation text has other scenes, with new names.)
+# by heart: *overfitting*. nanoGPT's model for a GPU, of 10.7 million parameters, reads the training part 72
+# times. After a quarter of its steps it is at 1.61, in the end at 2.21, while its training loss falls from
+# 1.20 to 0.63. More text helps; so do weight decay, dropout, and keeping the best weights. (A gap alone is no
+# proof: the validation text has other scenes, with new names.)
 @torch.no_grad()  # nothing is learned here, so PyTorch need not remember how the loss came about
 def evaluate(model, config, tokens):
     """Mean loss in nats per token over tokens (N,), read once, in sequences of block_size."""
@@ -666,18 +666,18 @@ def generate(model, tokenizer, prompt="", **settings):
 #     initial weights of 1 / sqrt(C)                       1.833         31%
 #     twice the learning rate, 2e-3                        1.780         23%
 #     the head start                                       1.728         23%
-#     reading twice as many characters: our default        1.677         23%
+#     reading nearly twice the characters: our default     1.677         22%
 #
 # The *head start* is about initial weights again: the first block's heads begin by looking at the last few
 # characters, one head at each (how is told below). Its row also has our schedule and weight decay, the last
-# one sequences of 128; each of these alone moved the loss by 0.007 at most. So three quarters of the way are
-# how large the weights are, how far a step goes and where the heads look first: no computation, and no
-# architecture. The rest is patience.
+# row also has batches of 8 sequences of 128; each of these alone moved the loss by 0.007 at most. So three
+# quarters of the way are due to how large the weights are, how far a step goes and where the heads look
+# first: no computation, and no architecture. The rest is patience.
 #
 # And the architecture? To leave a part out is ruinous, as the table of parts below shows. But how many there
 # are, and how wide, matters less. Means of five runs, each with the computation of a default run:
 #     8 heads                       1.665        4 blocks of width 96    1.695
-#     an MLP of twice the width     1.681        8 blocks of width 64    1.698
+#     an MLP of 2 C, not 4 C        1.681        8 blocks of width 64    1.698
 #     ReLU in place of GELU         1.687        1 block of width 192    1.714
 # All end within 0.04 of 1.677, where the recipe makes 0.23. There are limits: a single head is worse by 0.10.
 #
@@ -686,12 +686,12 @@ def generate(model, tokenizer, prompt="", **settings):
 # seconds:
 #     python gpt.py --n-layer 1 --block-size 64 --lr 5e-3 --steps 800
 # It ends at 1.897. The same block, trained by the usual recipe, is at 2.270 after as many steps of as much
-# text, and at 1.919 after all the script's: four blocks for one make less of a difference than the recipe.
+# text, and at 1.919 after all the script's 2,000 steps: three more blocks matter less than the recipe.
 #
-# Size helps as far as the text reaches. Our `small`, of 1.4 million parameters, ends at 1.564 after 14
-# minutes on two cores. With eight times as many, `medium` ends at 1.612, and so does nanoGPT's recipe for a
-# GPU, at 1.611 before it overfits: there the text is the limit, and our recipe gains nothing. (Single runs:
-# believe the 0.05, not the 0.001.)
+# Size helps as far as the text reaches. Our `small`, of 1.4 million parameters, ends at 1.542 after 21
+# minutes on two cores. With eight times as many, `medium` is at best at 1.612, and nanoGPT's recipe for a
+# GPU, before it overfits, at 1.611: there the text is the limit, and our recipe gains nothing. (Single runs:
+# believe the 0.07, not the 0.001.)
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
@@ -716,7 +716,7 @@ def generate(model, tokenizer, prompt="", **settings):
 #     batches of 64, an eighth of the steps         2.33   +0.469   0.010
 #     --no-head-start                               2.28   +0.414   0.012
 #     without F.gelu                                2.13   +0.265   0.006
-#     `std=0.02` in place of 1 / sqrt(C)            2.13   +0.260   0.014
+#     0.02 in place of 1 / sqrt(C)                  2.13   +0.260   0.014
 #     --n-head 1                                    2.07   +0.204   0.005
 #     torch.optim.SGD, --lr 1                       1.95   +0.080   0.003
 #     --final-lr 1                                  1.93   +0.068   0.006
@@ -727,11 +727,11 @@ def generate(model, tokenizer, prompt="", **settings):
 #     the whole training part     1,140,000 characters    1.690
 #     the comedies in it            442,000               1.718
 #     half of each play             570,000               1.728
-#     as much of the tragedies      442,000               1.800
-# The comedies alone do no worse than half of everything: text like the one you want is worth more than any.
-# *Fine-tuning* goes on from there, and trains a finished model further on text like what it is for. A model
-# of eight of the plays is at 1.73 on unseen parts of the other two, and after 300 steps on these at 1.57. A
-# new model is at 1.91 after 300 such steps, and at 1.61 after 2,500.
+#     as much of the tragedies      442,000               1.801
+# The comedies alone do no worse than half of everything: text like the one you want is worth more than any
+# other. *Fine-tuning* goes on from there, and trains a finished model further on text like what it is for. A
+# model of eight of the plays is at 1.73 on unseen parts of the other two, and after 300 steps on the rest of
+# them at 1.57 (one run). A new model is at 1.91 after 300 such steps, and at 1.61 after 2,500.
 #
 # *How large a model for the time one has?* In the same time, a larger model takes fewer steps. A run costs
 # about 6ND operations: each of the N weights in the blocks (N as in the papers) takes part in two for each of
