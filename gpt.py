@@ -283,8 +283,7 @@ def attention_by_hand(query, key, value):
 # wide. With a single head the loss is 2.07 instead of 1.87 (in a whole run, 1.78 instead of 1.68); without
 # attention 2.54, no better than bigram.
 #
-# In PyTorch a layer is an `nn.Module`, an object that holds its parameters, and `layer(x)` runs its
-# `forward`.
+# In PyTorch a layer is an `nn.Module`, an object with parameters, and `layer(x)` runs its `forward`.
 class Attention(nn.Module):
     """Each position gathers from itself and from those before it. (B, T, C) -> (B, T, C)"""
 
@@ -450,8 +449,6 @@ class GPT(nn.Module):
 # Sequences begin at random places, drawn anew each time; some passages come often and some never. Random,
 # and yet repeatable: a *seed* is a number from which a random number generator starts, and the same seed
 # gives the same numbers every time.
-
-
 def get_batch(tokens, batch_size, block_size):
     """A random batch from tokens (N,): inputs and targets, (B, T) each.
 
@@ -682,8 +679,7 @@ def generate(model, tokenizer, prompt="", **settings):
 # All end within 0.04 of 1.677, where the recipe makes 0.23. There are limits: a single head is worse by 0.10.
 #
 # And the time? On two cores, a plain script of the usual recipe, with nanoGPT's own four blocks instead of
-# two, is at 1.901 after 81 seconds; our tiny, at 1.677 after 84. And a single block equals the four in 6
-# seconds:
+# two, is at 1.901 after 81 seconds; our tiny, at 1.677 after 84. A single block equals the four in 6 seconds:
 #     python gpt.py --n-layer 1 --block-size 64 --lr 5e-3 --steps 800
 # It ends at 1.897. The same block, trained by the usual recipe, is at 2.270 after as many steps of as much
 # text, and at 1.919 after all the script's 2,000 steps: three more blocks matter less than the recipe.
@@ -851,8 +847,8 @@ def save(path, model, tokenizer, progress=None, keep_old=False):
         config, characters, model    settings, vocabulary, weights: all that a finished model needs
         train_losses, val_losses     the loss of each step; [step, validation loss] of each evaluation
         step, optimizer              of an unfinished run: steps done, and the optimizer's state after them
-        best                         the weights with the lowest validation loss ("model" has the newest)
-        data, sha256                 where the text is, and its fingerprint
+        best                         of the same: the weights with the lowest validation loss
+        data, sha256                 of the same: where the text is, and its fingerprint
 
     progress: all but the first three. keep_old: what is there gets .old behind its name.
     """
