@@ -4,11 +4,11 @@
 # ///
 """
 A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained from scratch on Shakespeare's
-plays, with PyTorch alone, on a laptop. Its claim: once a model has the parts of a GPT, how many there are and
-how wide matters less than how it is trained. With one architecture, our recipe takes the *loss*, which says
-how badly the model guesses the next character, from 1.90 to 1.68 (an even guess costs 4.17, counting pairs of
-characters comes to 2.53); and a model a quarter as large as a usual tutorial's, trained our way, equals it in
-a thirteenth of the time.
+plays, with PyTorch alone, on a laptop. Its claim: given the parts of a GPT and a fixed time, how a model is
+trained matters more than how many parts it has or how wide they are. The *loss* says how badly a model
+guesses the next character: lower is better. A typical tutorial's model reaches 1.90; one half as large,
+trained our way for the same time, 1.68; and one a quarter as large equals the tutorial's in a thirteenth of
+the time.
 
 It begins as random numbers. After a minute and a half of training it continues "HAMLET:" like this:
 
@@ -32,16 +32,16 @@ about the input.txt that comes with it, ten plays; where there is none, another 
     The program    10 files and devices             11 the command line
 
 Read on at section 1. You need Python, and no idea of neural networks. Lines that begin with >>> are examples
-with their results; the tests run them. PyTorch computes with *tensors*, tables of numbers with any number of
-dimensions; where one is asked for, -1 means the last, and None as an index adds one of length 1. `.item()`
-makes a Python number of a tensor, and `.long()` gives the 64-bit integers that PyTorch wants in places. A
-comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
+with their results; test_gpt.py runs them. PyTorch computes with *tensors*, tables of numbers with any number
+of dimensions; -1 means the last of them. `.item()` turns a tensor into a Python number, and `.long()` gives
+the 64-bit integers that PyTorch wants in places. A comment such as `# (B, T) -> (B, T, C)` gives the shapes
+of a line's tensors, before and after:
 
     B  batch: how many pieces of text go through the model at once, each on its own
     T  time: how many characters each piece has, at most block_size
     C  channels: how many numbers stand for one character inside the model, n_embd
     V  vocabulary: how many different characters there are, vocab_size
-    N  how many characters a whole text has (M, where there is a second text)
+    N  how many characters a whole text has; M, where there is a second one
 """
 
 # %% 0. Settings
@@ -116,19 +116,18 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 
 # %% 1. Text to numbers
 # A *model* is one long formula with a great many adjustable numbers, its *parameters*. *Training* finds out
-# for each of them which way to move it so that the formula's guesses get better, and moves it a little, again
-# and again. A *neural network* is such a formula, put together from simple *layers*, one after the other.
+# for each parameter which way to move it so that the formula's guesses get better, and moves it a little,
+# again and again. A *neural network* is such a formula, put together from simple *layers*, one after the
+# other.
 #
 # A formula computes with numbers. So we list all characters that occur in the text, the *vocabulary*; a
 # character's place in that list is its *token*. For "to be or not to be" the list is ' benort': a space is 0,
 # b is 1, and "not" becomes 3, 4, 6.
 #
 # GPT-2 has 50,257 pieces of words for tokens (Sennrich et al., 2016). In a text of a megabyte most of them
-# would occur rarely or never, and from one sight little can be learned: of the 13,338 different words in our
-# plays, 6,080 occur only once. And in the model each token has a row of numbers of its own (section 5), 384
-# in our medium size. Pieces would make that table nearly twice as large as the other 10.7 million parameters:
-# >>> f"{65 * 384:,} for our characters, {50_257 * 384:,} for GPT-2's pieces"
-# "24,960 for our characters, 19,298,688 for GPT-2's pieces"
+# would occur rarely or never, and from a single sight little can be learned: of the 13,338 different words in
+# our plays, 6,080 occur only once. And each token costs parameters, a row of numbers of its own (section 5):
+# in our default model, pieces would take 6.4 million, fifteen times as many as the whole model now has.
 class CharTokenizer:
     """Turns text into tokens and back.
 
@@ -164,8 +163,9 @@ class CharTokenizer:
 
 
 # Never test on what you have trained on: knowing by heart is not knowing. We train on the first nine tenths
-# of the text and test on the last, the *validation* part. Why not on lines drawn at random? Neighbouring
-# lines come from one scene, with the same names and the same talk, so they would be half known already.
+# of the text and test on the last, the *validation* part; in our plays that is nearly all one comedy. Why not
+# on lines drawn at random? Neighbouring lines come from one scene, with the same names and the same talk, so
+# they would be half known already.
 def split(tokens):
     """Tokens (N,) -> the training part and the validation part: the last tenth, but at most a million."""
     cut = max(len(tokens) * 9 // 10, len(tokens) - 1_000_000)
@@ -174,11 +174,11 @@ def split(tokens):
 
 # The model's one task is to guess the next character from those before it. It gives each character a
 # probability p, and pays for the one that really comes: -ln p, its *loss*. Certain and right costs 0; the
-# less it believed in what came, the more it pays. The mean over a text is the *cross-entropy* (Shannon,
-# 1948), in *nats* for each character. (With log2 in place of ln it would be in bits; a nat is 1.44 of them.)
+# less it believed in what came, the more it pays. The mean over a text is the *cross-entropy* (after Shannon,
+# 1948), in *nats* for each character.
 #
 # e to the power of the loss says between how many equally likely characters the model hesitates. An even
-# guess among 65 costs ln 65 = 4.17. Tiny will end near 1.68, as if it hesitated among 5 or 6.
+# guess among our 65 costs ln 65 = 4.17. Tiny will end near 1.68, as if it hesitated among 5 or 6.
 #
 # What can be had without any network? These are our *baselines*, with their losses on the validation part:
 #     uniform    an even guess                                                    4.17
@@ -197,24 +197,19 @@ def count_pairs(tokens, vocab_size):
     return torch.bincount(pairs, minlength=vocab_size**2).view(vocab_size, vocab_size)
 
 
-# Why not count longer pieces instead? Already of the 65 * 65 pairs most never occur. With a dictionary's
-# 200,000 words for tokens there would be 40 billion: no text could fill such a table. A model must learn what
-# pieces share.
-# >>> text = Path("input.txt").read_text(encoding="utf-8")
-# >>> pairs = count_pairs(CharTokenizer.from_text(text).encode(text), 65)
-# >>> f"{pairs.count_nonzero():,} of {65 * 65:,} pairs occur; 200,000 words: {200_000**2:,} pairs"
-# '1,535 of 4,225 pairs occur; 200,000 words: 40,000,000,000 pairs'
+# Why not go on, and count what follows three characters, or ten? Even of the 65 * 65 pairs only 1,535 occur
+# in our plays. There are 18 million groups of four, and most of those that a new text needs were never seen.
+# A model must learn what groups have in common.
 def baselines(training, validation, vocab_size):
     """Validation losses of the three, in nats per character. (N,), (M,) -> name -> loss"""
-    V = vocab_size
-    pairs = count_pairs(training, V)  # (V, V)
+    pairs = count_pairs(training, vocab_size)  # (V, V)
     counts = pairs.sum(1)  # (V,) how often each token comes first in a pair
     before, after = validation[:-1], validation[1:]  # (M - 1,) each
-    # A tensor of numbers can be an index: counts[after] looks up one count for each of them. One is added to
-    # each count (Laplace, 1814), so that what training never showed is costly but not impossible.
-    unigram = (counts[after] + 1) / (counts.sum() + V)  # (M - 1,) the probability of each next token
-    bigram = (pairs[before, after] + 1) / (counts[before] + V)  # (M - 1,) the same, knowing the one before
-    losses = [math.log(V), -unigram.log().mean().item(), -bigram.log().mean().item()]
+    # A tensor of numbers can be an index: counts[after] looks up one count for each of them. And one is added
+    # to each count (Laplace, 1814), so that what training never showed is costly but not impossible.
+    unigram = (counts[after] + 1) / (counts.sum() + vocab_size)  # (M - 1,) each next token's probability
+    bigram = (pairs[before, after] + 1) / (counts[before] + vocab_size)  # (M - 1,) given the one before
+    losses = [math.log(vocab_size), -unigram.log().mean().item(), -bigram.log().mean().item()]
     return dict(zip(["uniform", "unigram", "bigram"], losses))
 
 
@@ -226,19 +221,20 @@ def baselines(training, validation, vocab_size):
 # each position choose for itself.
 #
 # It is made of *linear layers*, the plainest part of a network. The *dot product* of two vectors multiplies
-# them number by number and adds up: it is large where they agree. Each number that a linear layer gives out
-# is the dot product of what comes in with a row of *weights*, plus a *bias*: with weights 2 and -1 and a bias
-# of 3, the input (5, 4) gives 2 * 5 - 1 * 4 + 3 = 9. Weights and biases are parameters: nobody programs them.
+# them number by number and adds up: it is large where they agree and are long. Each number that a linear
+# layer gives out is the dot product of what comes in with a row of *weights*, plus a *bias*: with weights 2
+# and -1 and a bias of 3, the input (5, 4) gives 2 * 5 - 1 * 4 + 3 = 9. Weights and biases are parameters:
+# nobody programs them.
 #
 # From each position's vector, linear layers make three more, and training finds out what is useful in them:
 #     query   what this position is looking for
 #     key     what this position offers to those who look
 #     value   what it hands over when it is looked at
 #
-# The dot product of one position's query with the key of another, or with its own, is a *score*. A
-# large one means "this is what I was looking for". *Softmax* turns scores into *attention weights*, positive
-# and adding up to 1: e to the power of each, divided by their sum. What the position receives is the mean of
-# the values, each counted by its attention weight.
+# The dot product of one position's query with the key of another, or with its own, is a *score*. A large one
+# means "this is what I was looking for". *Softmax* turns scores into *attention weights*, positive and adding
+# up to 1: e to the power of each, divided by their sum. What the position receives is the sum of all values,
+# each times its attention weight. (The example in the function below shows it.)
 #
 # In training the whole text lies open, and all positions guess their next characters at once. So none may
 # look ahead: it would read its answer. The *causal mask* sets the scores of later positions to minus
@@ -246,11 +242,14 @@ def baselines(training, validation, vocab_size):
 #
 # What if a part is left out? We tried it, on the default model, `tiny`, with a short run of 500 *steps*: in
 # each, all parameters move a little. With all parts its validation loss is 1.87 (and 1.68 in the end, after
-# 2,900 steps). Two runs that differ only in their random numbers lie some 0.01 apart, so less than that means
-# nothing. Without the mask, training looks like a triumph: 0.03 instead of 1.87. But what the model then
-# writes is nonsense, for when it writes there is nothing ahead to read.
+# 2,900 steps). Two runs that differ only in their random numbers lie some 0.01 apart.
+#
+# Without the mask, training looks like a triumph: 0.03 instead of 1.87. But what the model then writes is
+# nonsense, for when it writes there is nothing ahead to read.
 def attention_by_hand(query, key, value):
     """Causal attention over T positions, step by step: (T, head_size) three times -> (T, head_size).
+
+    head_size: how many numbers a query has; keys and values, too.
 
     Three positions, with vectors of one number. All ask with a query of 1. The third key fits better than the
     other two, by ln 2, so it gets twice their attention weight:
@@ -269,9 +268,9 @@ def attention_by_hand(query, key, value):
     # columns. Row i, column j: the score that position i gives to position j.
     scores = query @ key.T  # (T, head_size) @ (head_size, T) -> (T, T)
     # Why divide by the root of head_size, the size of these vectors (32 in tiny)? Add up 32 products of
-    # random sign and size 1: they partly cancel, and chance alone gives about 5.7, the root of 32. Softmax
-    # exaggerates: a score 5.7 ahead gets almost 300 times the weight. Undivided, a position could stare at
-    # one random place before it had learned anything.
+    # random sign and about size 1, as at the start of training: they partly cancel, and chance alone gives
+    # about 5.7, the root of 32. Softmax exaggerates: a score 5.7 ahead gets almost 300 times the weight.
+    # Undivided, a position could stare at one random place before it had learned anything.
     scores = scores / math.sqrt(query.size(-1))  # (T, T)
     ahead = torch.ones_like(scores).triu(1).bool()  # (T, T) true where column > row: above the diagonal
     attention_weights = scores.masked_fill(ahead, -math.inf).softmax(-1)  # (T, T) each row adds up to 1
@@ -300,8 +299,8 @@ class Attention(nn.Module):
     def forward(self, x, cache=None):
         B, T, C = x.shape
         # `view` cuts the last dimension into pieces: in tiny, (8, 128, 384) becomes (8, 128, 3, 4, 32).
-        # `permute` reorders dimensions: the 3 in front, to be taken apart as q, k and v; heads before
-        # positions, so that each head has its own table of scores.
+        # `permute` reorders dimensions: first the 3, to be taken apart as q, k and v; then the heads, so that
+        # each has a table of scores to itself.
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, n_head, head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
         if cache is not None:  # only for writing; skip it until section 8
@@ -316,9 +315,10 @@ class Attention(nn.Module):
 
 
 # %% 3. The MLP
-# Attention moves information between positions, but all it does with it is take means. The *MLP*, short for
-# multi-layer perceptron (Rosenblatt, 1958), is where each position works on what it has gathered, on its own:
-# a linear layer to four times the width, an activation, a linear layer back.
+# Attention moves information between positions, but all it can do is take means. The *MLP*, short for
+# multi-layer perceptron (Rosenblatt, 1961), is where each position draws conclusions from what it has
+# gathered: "a q was last, and this is no name" can become "so a u". It is a linear layer to four times the
+# width, an activation, and a linear layer back.
 #
 # The *activation* is a curve that each number is sent through. Without it the two linear layers would be one,
 # since a weighted sum of weighted sums is again a weighted sum; the loss is then 2.13 instead of 1.87. The
@@ -346,21 +346,22 @@ class MLP(nn.Module):
 
 # %% 4. The block
 # A *block* is one round of "look around, then think", and a stack of them a *transformer*, the T in GPT.
-# Neither half replaces the vectors. Both add to them:
+# Neither attention nor the MLP replaces the vectors. Both add to them:
 #     x ---+---------------------------> + ---+---------------------> + --->
 #          |                             ^    |                       ^
 #          +--> ln_1 ---> attention -----+    +--> ln_2 ---> MLP -----+
 #
-# The upper line is the *residual stream* (Elhage et al., 2021). Its stretches that bypass a half, the `x +`
-# of the code, are *residual connections* (He et al., 2015). What a block does not touch passes on unchanged,
-# so a later block can build on what earlier ones found out; and in training the signal of what should change
+# The upper line is the *residual stream* (Elhage et al., 2021). Its parts that bypass a half, the `x +` of
+# the code, are *residual connections* (He et al., 2015). What a block does not touch passes on unchanged, so
+# a later block can build on what earlier ones found out; and in training the signal of what should change
 # (the gradient, section 7) runs back the same way, undistorted, to the lowest block. Without them, already
 # two blocks end at 2.40 instead of 1.87.
 #
 # *Layer normalization* (Ba et al., 2016), ln_1 and ln_2, gives each vector mean 0 and standard deviation 1
 # (the typical distance from the mean). So a layer gets input of the same size, however much those before have
 # added; else attention scores would grow with the stream, until softmax is all or nothing. Then each channel
-# has a learned scale, at first 1, and a learned shift, at first 0. Without it 2.42 instead of 1.87.
+# has a learned scale, at first 1, and a learned shift, at first 0. Without ln_1 and ln_2 the loss is 2.42
+# instead of 1.87.
 # >>> F.layer_norm(torch.tensor([1.0, 2.0, 3.0]), [3])
 # tensor([-1.2247,  0.0000,  1.2247])
 class Block(nn.Module):
@@ -380,24 +381,24 @@ class Block(nn.Module):
 
 # %% 5. The model
 # What is missing are the two ends. Going in, each token becomes a vector, its *embedding* (Bengio et al.,
-# 2003): row number `token` of a learned table. Attention knows no order, since a mean is the same whatever
-# comes first. So a second table has a vector for each *position*, 0 to block_size - 1, and the two vectors
-# are added. Without positions, what came before is a bag of letters: 2.40 instead of 1.87. (Most of that is
-# the head start of section 9, which needs them: with positions, but without it, the loss is 2.28.)
+# 2003): row number `token` of a learned table. Attention knows no order, since a mean is the same in whatever
+# order. So a second table has a vector for each *position*, 0 to block_size - 1, and the two vectors are
+# added. Without positions, what came before is little more than a bag of letters: 2.40 instead of 1.87.
 #
 # Coming out, the dot product of each vector with each row of the first table gives a number for each
 # character, its *logit*. The larger, the likelier: softmax turns logits into probabilities. To use one table
 # at both ends is *weight tying* (Press and Wolf, 2017): the vector that stands for a character going in is
-# what the output should resemble when that character comes next. A table for each end is as good (1.86); in
-# the smallest GPT-2 the table is a third of all parameters, and a second would add as many.
+# what the output should resemble when that character comes next. With our 65 characters a table for each end
+# would do as well (1.86), but in the smallest GPT-2 the table is a third of all parameters, and a second
+# would add as many.
 #
 # The *initial weights* are random. Were they equal, all rows of a matrix would give out the same, be changed
 # alike, and stay alike forever.
 #
-# How large should they be? Each number that a linear layer gives out is a sum of C products, and so grows
-# with the root of C, as in section 2. Weights of typical size 1 / sqrt(C) cancel that: what comes out is as
-# large as what went in (LeCun et al., 1998). The two tables get the same, since one of them is a layer's
-# weights too. (The MLP's second layer adds up 4 C products, so it gives out twice as much; we left it so.)
+# How large should they be? Each number that a linear layer gives out is a sum of C products (4 C smaller ones
+# in the MLP's second layer), and so grows with the root of C, as in section 2. Weights of typical size 1 /
+# sqrt(C) cancel that: what comes out is about as large as what went in (LeCun et al., 1998). The token table
+# gets the same, since on the way out it is a layer's weights; the position table follows it.
 #
 # This matters more than it seems. At tiny's width, 1 / sqrt(C) is 0.088. GPT-2 drew its weights at 0.02: not
 # so far off at its own widths, 768 to 1,600 (0.036 to 0.025), but at ours each layer would speak four times
@@ -443,12 +444,12 @@ class GPT(nn.Module):
 #     targets    o  _  b  e  ,  _  o  r
 #
 # A *batch* of B sequences goes through together, since processors multiply one large matrix faster than many
-# small ones. Still larger batches make each step surer but leave fewer steps for the same amount of text: 64
-# sequences in an eighth of the steps, at the same learning rate (section 7), end at 2.33 instead of 1.87.
+# small ones. A larger batch makes each step surer, but leaves fewer steps for the same amount of text: eight
+# times as large, in an eighth of the steps, it ends at 2.33 instead of 1.87.
 #
-# Sequences begin at random places, drawn anew each time; some passages come often and some never. Random,
-# and yet repeatable: a *seed* is a number from which a random number generator starts, and the same seed
-# gives the same numbers every time.
+# Sequences begin at random places, drawn anew each time; some passages come often and some never. Random, and
+# yet repeatable: a *seed* is a number from which a random number generator starts, and the same seed gives
+# the same numbers every time.
 def get_batch(tokens, batch_size, block_size):
     """A random batch from tokens (N,): inputs and targets, (B, T) each.
 
@@ -457,7 +458,7 @@ def get_batch(tokens, batch_size, block_size):
     True
     """
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1))  # (B, 1)
-    starts = starts[RANK::WORLD_SIZE]  # this process's share of the batch: alone, all of it
+    starts = starts[RANK::WORLD_SIZE]  # this process's share of the batch (section 10): alone, all of it
     places = starts + torch.arange(block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
     sequences = tokens[places.to(tokens.device)].long()  # (B, T + 1); on the CPU or GPU where the tokens are
     return sequences[:, :-1], sequences[:, 1:]
@@ -478,45 +479,47 @@ def get_batch(tokens, batch_size, block_size):
 # *gradient descent* moves a weight w by its gradient g times a small number, the *learning rate*:
 #     w  <-  w - lr * g
 #
-# But single batches mislead, and layers differ: where one has gradients of 100 and another of 0.001, no rate
-# suits both. *AdamW* (Kingma and Ba, 2015; Loshchilov and Hutter, 2019) keeps two running means for each
-# weight, and moves it by the first, divided by the root of the second:
+# But single batches mislead, and in large models gradients differ: where one layer's are 100 and another's
+# 0.001, no rate suits both. *AdamW* (Kingma and Ba, 2015; Loshchilov and Hutter, 2019) keeps two running
+# means for each weight, and moves it by the first, divided by the root of the second:
 #     m  <-  0.9 m + 0.1 g                     which way, over the last 10 steps or so
 #     v  <-  beta2 v + (1 - beta2) g * g       how large, whatever its sign, over the last 100 or so
 #     w  <-  w - lr * m / sqrt(v)
 #
 # If g is 5 in every step, m comes to 5 and v to 25, so m / sqrt(v) is 1; so it is if g is always 0.001. If g
-# changes its sign from step to step, m stays near 0, and so does the weight. (Both means start at 0; AdamW
-# makes up for that in the first steps.) Gradient descent, at the best rate tried, ends at 1.95, not 1.87.
+# changes its sign from step to step, m stays near 0, and the weight where it is. (Both means start at 0;
+# AdamW makes up for that in the first steps.) Gradient descent, at the best rate tried, ends at 1.95, not
+# 1.87.
 # >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
 # >>> weight.grad = torch.tensor([100.0, 0.001])
 # >>> torch.optim.AdamW([weight], lr=0.1, weight_decay=0).step()
 # >>> weight.data
 # tensor([0.9000, 0.9000])
 #
-# *Weight decay*, the W, also shrinks each weight in every step, by lr * weight_decay of its size. A weight
-# that many examples need is soon pushed back up; one that serves to know a single place by heart is not, and
-# wears away. Only matrices decay: biases are few, and a normalization's scale is neutral at 1, not at 0.
+# *Weight decay*, the W in AdamW, also shrinks each weight in every step, by lr * weight_decay of its size. A
+# weight that many examples need is soon pushed back up; one that serves to know a single place by heart is
+# not, and wears away. Only matrices decay: a normalization's scale, for one, is neutral at 1, not at 0.
 def make_optimizer(model, config):
     """AdamW over all parameters of the model, with weight decay on the matrices alone."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)  # fused: faster
+    matrices = dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=config.weight_decay)
+    vectors = dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)
+    # fused: all of it in one go, which is faster
+    return torch.optim.AdamW([matrices, vectors], lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
-# A learning rate that is too small wastes time, one too large throws away what was learned. The best rises
-# from near 0, is large early and small at the end:
+# A learning rate that is too small wastes time, one too large throws away what was learned. Ours rises from
+# near 0, is large early and small at the end:
 #     2e-3 |    .-'''-.
 #          |  /         '-.
 #        0 |/______________'''--.
 #          0  290            2900  steps
 #
-# *Warm-up* (Goyal et al., 2017), the straight line: at first m / sqrt(v) is near 1 or -1 for every weight, so
-# all would take a full step on the word of one batch. *Cosine decay* (Loshchilov and Hutter, 2017), half a
-# cosine wave: large steps make the weights roughly right soon, small ones settle them. A run that stays at
-# the peak ends at 1.93 instead of 1.87. But warm-up, weight decay and clipping (below) are insurance, for
-# long runs of large models: leaving one out changes tiny's 1.87 by 0.01 at most.
+# *Warm-up* (Goyal et al., 2017), the straight line: later on, batches that disagree make m small and steps
+# short, but after a single batch m / sqrt(v) is 1 or -1, and every weight would take a full step. *Cosine
+# decay* (Loshchilov and Hutter, 2017), half a cosine wave: large steps make the weights roughly right soon,
+# small ones settle them. A run that stays at the peak ends at 1.93 instead of 1.87. But warm-up, weight decay
+# and clipping (below) are insurance, for long runs of large models: leaving one out changes tiny's 1.87 by
+# 0.01 at most.
 def learning_rate(step, config):
     """The learning rate of a step, counted from 0: a straight line up, half a cosine wave down.
 
@@ -534,18 +537,17 @@ def learning_rate(step, config):
 # How good is the model? The *validation loss* is the one number to judge by: the mean over the whole
 # validation part, cut into sequences. While it falls together with the training loss, the model is learning
 # the language. When the training loss goes on falling and this one turns and rises, it is learning its text
-# by heart: *overfitting*. nanoGPT's model for a GPU, of 10.7 million parameters, reads the training part 72
-# times. After a quarter of its steps it is at 1.61, in the end at 2.21, while its training loss falls from
-# 1.20 to 0.63. More text helps; so do weight decay, dropout, and keeping the best weights. (A gap alone is no
-# proof: the validation text has other scenes, with new names.)
+# by heart: *overfitting*. A far larger model, of 10.8 million parameters, reads our training part 72 times.
+# After a quarter of its steps it is at 1.61, in the end at 2.21, while its training loss falls from 1.20 to
+# 0.63, despite dropout. More text helps; so does keeping the best weights.
 @torch.no_grad()  # nothing is learned here, so PyTorch need not remember how the loss came about
 def evaluate(model, config, tokens):
     """Mean loss in nats per token over tokens (N,), read once, in sequences of block_size."""
     model.eval()  # dropout off
     T, n = config.block_size, len(tokens) - 1
-    # The last sequence is filled up with zeros; where the target is -100, cross_entropy does not count.
-    padding = (0, -n % T)  # -n % T: what is missing to a multiple of T
-    inputs = F.pad(tokens[:-1], padding).long().view(-1, T)  # (all sequences, T)
+    # The last sequence is filled up with zeros; where the target is -100, cross_entropy does not count it.
+    padding = (0, -n % T)  # -n % T: how many are missing from a multiple of T
+    inputs = F.pad(tokens[:-1], padding).long().view(-1, T)  # (all sequences, T); -1: however many
     targets = F.pad(tokens[1:], padding, value=-100).long().view(-1, T)  # (all sequences, T)
     total = 0.0
     for x, y in zip(inputs.split(32), targets.split(32)):  # (32, T) each
@@ -558,31 +560,30 @@ def evaluate(model, config, tokens):
 def train(model, optimizer, config, training, validation, start=0):
     """Train the model in place. Yields after each step: steps done, loss, validation loss (mostly None).
 
-    model: anything that maps tokens (B, T) to logits (B, T, V). start: steps that both have done before.
+    model: anything that maps tokens (B, T) to logits (B, T, V). start: steps that it has been trained before.
     """
     for step in range(start, config.steps):
         model.train()  # dropout on
         # All randomness of a step, batch and dropout, comes from the seed and the step's number alone. So a
-        # run can be repeated to the bit, and one that was stopped goes on as if it had not been. (Any large
-        # number in place of 1_000_003 keeps the steps of one seed apart from those of the next.)
+        # run on a CPU can be repeated to the bit, and one that was stopped goes on as if it had not been.
+        # (1_000_003 keeps the steps of one seed apart from those of the next.)
         torch.manual_seed(config.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
 
         inputs, targets = get_batch(training, config.batch_size, config.block_size)  # (B, T) each
         logits = model(inputs)  # (B, T) -> (B, T, V)
-        # As in evaluate, but their mean.
+        # Softmax, then the mean of -ln p of each target.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B * T, V), (B * T,) -> one number
         optimizer.zero_grad()  # gradients add up unless they are cleared
         loss.backward()
-        # Now and then a batch is so odd that its gradient, taken as one vector, is far longer than usual.
-        # It would rule AdamW's means for many steps. *Clipping* (Pascanu et al., 2013) shortens it.
+        # Now and then a batch is so odd that its gradient, taken as one vector, is far longer than usual. It
+        # would rule AdamW's means for many steps. *Clipping* (Pascanu et al., 2013) shortens it to grad_clip.
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
 
-        val_loss = None
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            val_loss = evaluate(model, config, validation)
+        due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
+        val_loss = evaluate(model, config, validation) if due else None
         yield step + 1, loss.item(), val_loss
 
 
@@ -606,12 +607,12 @@ def probabilities(logits, temperature=1.0, top_k=0):
     if top_k:
         kth = logits.topk(min(top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    return (logits / max(temperature, 1e-9)).softmax(0)  # 1e-9 is as good as 0, and can divide
+    return (logits / max(temperature, 1e-9)).softmax(0)  # nobody can divide by 0; 1e-9 is as good
 
 
 # The plainest loop that writes sends the whole context through the model for each new character:
 #     for _ in range(length):
-#         logits = model(context[None, -block_size:])[0, -1]    # only the last position's are of use
+#         logits = model(context[None, -block_size:])[0, -1]    # None makes B = 1; only the last are of use
 #         token = torch.multinomial(probabilities(logits), 1)   # draw one by these probabilities
 #         context = torch.cat([context, token])
 #
@@ -632,32 +633,26 @@ def generate(model, tokenizer, prompt="", **settings):
     config, device = replace(model.config, **settings), model.wte.weight.device
     rng = torch.Generator().manual_seed(config.seed)
     model.eval()  # dropout off
-    context = tokenizer.encode(prompt) if prompt else torch.zeros(2)  # 0: the line end in our plays
+    context = tokenizer.encode(prompt) if prompt else torch.zeros(2)  # two line ends, 0 in our plays
     context = context[-config.block_size :].long()  # (up to block_size,)
-    cache, start = {}, 0  # start: how many positions are in the cache
-    new = []  # tokens not yet written; with characters for tokens, never more than one
+    cache = {}
     for _ in range(config.length):
         if len(context) > config.block_size:
-            context = context[-max(1, config.block_size // 2) :]
-            cache, start = {}, 0
+            context, cache = context[-max(1, config.block_size // 2) :], {}
+        start = len(context) - 1 if cache else 0  # once there is a cache, only the newest goes through
         logits = model(context[None, start:].to(device), cache, start)[0, -1]  # (1, T) -> (V,); mostly T = 1
-        start = len(context)
         probs = probabilities(logits.cpu(), config.temperature, config.top_k)  # (V,)
         token = torch.multinomial(probs, 1, generator=rng)  # (1,)
         context = torch.cat([context, token])
-        # For those who make bytes their tokens: up to four of them are one character.
-        new.append(token.item())
-        text = tokenizer.decode(new)
-        if not text.endswith("\ufffd") or len(new) == 4:
-            yield text
-            new = []
+        yield tokenizer.decode(token.tolist())
 
 
 # %% 9. The recipe
-# Back to the claim. The *recipe* is everything about training that is not the architecture. We trained tiny
-# with the usual one first, as nanoGPT (Karpathy, 2022) has it for a CPU: weights drawn at 0.02, a rate that
-# rises to 1e-3 and falls to a tenth of it, weight decay 0.1, 2,000 steps of 12 sequences of 64 characters.
-# Then we changed one main thing a row and kept the changes above. Validation loss, mean of five runs:
+# Back to the claim. The *architecture* is which parts a model has, how many of them, and how wide. The
+# *recipe* is the rest: how its weights begin, what it is shown and how it learns. We trained tiny by the
+# usual recipe first, as nanoGPT (Karpathy, 2022) has it for a CPU: weights drawn at 0.02, a rate that rises
+# to 1e-3 and falls to a tenth of it, weight decay 0.1, 2,000 steps of 12 sequences of 64 characters. Then we
+# changed one main thing per row and kept the changes above. Validation loss, mean of five runs:
 #                                                          loss   share of the way
 #     the usual recipe                                     1.904
 #     initial weights of 1 / sqrt(C)                       1.833         31%
@@ -666,40 +661,40 @@ def generate(model, tokenizer, prompt="", **settings):
 #     reading nearly twice the characters: our default     1.677         22%
 #
 # The *head start* is about initial weights again: the first block's heads begin by looking at the last few
-# characters, one head at each (how is told below). Its row also has our schedule and weight decay, the last
-# row also has batches of 8 sequences of 128; each of these alone moved the loss by 0.007 at most. So three
-# quarters of the way are due to how large the weights are, how far a step goes and where the heads look
-# first: no computation, and no architecture. The rest is patience.
+# characters, one head at each (the end of this section tells how). So three quarters of the way are due to
+# how large the weights are, how far a step goes and where the heads look first: none of it costs any
+# computation. The rest is patience. (Our warm-up, fall to 0 and weight decay came in with the head start,
+# batches of 8 sequences of 128 with the last row. Each of these alone moved the loss by 0.007 at most.)
 #
 # And the architecture? To leave a part out is ruinous, as the table of parts below shows. But how many there
 # are, and how wide, matters less. Means of five runs, each with the computation of a default run:
 #     8 heads                       1.665        4 blocks of width 96    1.695
 #     an MLP of 2 C, not 4 C        1.681        8 blocks of width 64    1.698
 #     ReLU in place of GELU         1.687        1 block of width 192    1.714
-# All end within 0.04 of 1.677, where the recipe makes 0.23. There are limits: a single head is worse by 0.10.
+# All end within 0.04 of 1.677, while the recipe gained 0.18 before it read more. There are limits: a single
+# head, and so a single look back in its head start, is worse by 0.10.
 #
-# And the time? On two cores, a plain script of the usual recipe, with nanoGPT's own four blocks instead of
-# two, is at 1.901 after 81 seconds; our tiny, at 1.677 after 84. A single block equals the four in 6 seconds:
+# And the time? On two cores, a plain script of the usual recipe, with nanoGPT's own four blocks, is at 1.901
+# after 81 seconds; our tiny, with two, at 1.677 after 84. A single block equals the script in 6 seconds:
 #     python gpt.py --n-layer 1 --block-size 64 --lr 5e-3 --steps 800
-# It ends at 1.897. The same block, trained by the usual recipe, is at 2.270 after as many steps of as much
-# text, and at 1.919 after all the script's 2,000 steps: three more blocks matter less than the recipe.
+# It ends at 1.897. The same block, trained by the usual recipe, is at 2.270 after as many such steps, and at
+# 1.919 after the script's 2,000 steps, which take it some 25 seconds. So leaving out three blocks saves two
+# thirds of the time and costs only 0.02, and the recipe saves three quarters of the rest.
 #
-# Size helps as far as the text reaches. Our `small`, of 1.4 million parameters, ends at 1.542 after 21
-# minutes on two cores. With eight times as many, `medium` is at best at 1.612, and nanoGPT's recipe for a
-# GPU, before it overfits, at 1.611: there the text is the limit, and our recipe gains nothing. (Single runs:
-# believe the 0.07, not the 0.001.)
+# Size helps as long as there is text enough. Our `small`, of 1.4 million parameters, ends at 1.542 after
+# 21 minutes on two cores. With eight times as many, `medium` is at best at 1.612, and nanoGPT's recipe for a
+# GPU, before it overfits, at 1.611: they are too large for this text, and there our recipe gains nothing.
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
 # it was 0.002, 0.006 and 0.013 higher. So run the same five seeds with and without a change, and compare the
 # mean difference, here 0.006 lower, with its *standard error*, the standard deviation of the five differences
-# divided by the root of 5, here 0.008. Within two standard errors it shows nothing. (It took thirty such
-# pairs to see that there is a gain, of 0.008: too small for the lines that it takes.)
+# divided by the root of 5, here 0.008. Within two standard errors it shows nothing.
 #
-# Nor do the exact numbers matter. A rate of 1.5e-3 or 3e-3, a third or twice the decay, beta2 from 0.98 to
-# 0.999, a warm-up of 3 or 20% of the steps: each alone, by five runs judged on a part of the training text
-# that was kept for such trials, moved the loss by 0.004 at most. A good recipe is a plateau, not a peak. But
-# the usual rate is not on it.
+# Nor do the exact numbers matter. A learning rate of 1.5e-3 or 3e-3, a third of the weight decay or twice as
+# much, beta2 from 0.98 to 0.999, a warm-up of 3 or 20% of the steps: each alone, by five runs judged on a
+# part of the training text that was kept for such trials, moved the loss by 0.004 at most. A good recipe is a
+# plateau, not a peak. But the usual rate is not on it.
 #
 # *What is each part worth?* Tiny after 500 steps, without the part or with another in its place: the loss,
 # the difference and its standard error, from five seeds. So short a run exaggerates what helps a model to
@@ -714,7 +709,7 @@ def generate(model, tokenizer, prompt="", **settings):
 #     without F.gelu                                2.13   +0.265   0.006
 #     0.02 in place of 1 / sqrt(C)                  2.13   +0.260   0.014
 #     --n-head 1                                    2.07   +0.204   0.005
-#     torch.optim.SGD, --lr 1                       1.95   +0.080   0.003
+#     gradient descent, --lr 1                      1.95   +0.080   0.003
 #     --final-lr 1                                  1.93   +0.068   0.006
 #     scores not divided by sqrt(head_size)         1.89   +0.023   0.003
 #
@@ -724,32 +719,38 @@ def generate(model, tokenizer, prompt="", **settings):
 #     the comedies in it            442,000               1.718
 #     half of each play             570,000               1.728
 #     as much of the tragedies      442,000               1.801
-# The comedies alone do no worse than half of everything: text like the one you want is worth more than any
-# other. *Fine-tuning* goes on from there, and trains a finished model further on text like what it is for. A
-# model of eight of the plays is at 1.73 on unseen parts of the other two, and after 300 steps on the rest of
-# them at 1.57 (one run). A new model is at 1.91 after 300 such steps, and at 1.61 after 2,500.
+# The comedies alone do no worse than half of everything: text like the one you want is worth far more than
+# other text. *Fine-tuning* goes on from there, and trains a finished model further on the kind of text
+# wanted. A model of eight of the plays is at 1.73 on unseen parts of the other two, and after 300 steps on
+# the rest of those two at 1.57 (one run). A new model is at 1.91 after 300 such steps, and at 1.61 after
+# 2,500.
 #
 # *How large a model for the time one has?* In the same time, a larger model takes fewer steps. A run costs
-# about 6ND operations: each of the N weights in the blocks (N as in the papers) takes part in two for each of
-# D characters forward, a multiplication and an addition, and in four backward (Kaplan et al., 2020). At each
-# of four costs we trained five shapes, from one block of width 64 to two of 192, with rates of 0.32 / C. The
-# best of each, by five seeds:
+# about 6ND operations, for N weights in the blocks (N as in the papers) and D characters read: each weight
+# takes part in a multiplication and an addition forward, and in twice as many backward (Kaplan et al., 2020).
+# At each of four costs we trained five shapes, from one block of width 64 to two of 192, with a learning rate
+# of 0.32 / C, for the wider the model, the smaller its best rate (Yang et al., 2022). The best of each, by
+# five seeds:
 #     operations      blocks x width    weights    steps    loss
 #     0.3 trillion       1 x  64         49,152      976    1.87
 #     0.9                1 x  64         49,152    2,929    1.79
 #     2.7                1 x  96        110,592    3,906    1.72
 #     8.0                2 x 128        393,216    3,295    1.67
-# As a *scaling law*, fitted to all: twice the operations want 1.5 times the weights and 1.3 times the steps,
-# and lower the loss by 0.04.
+# Roughly, as a *scaling law*: twice the operations want 1.5 times the weights and 1.3 times the steps, and
+# lower the loss by 0.04. That is, if there is text enough: for medium and gpt2 a megabyte is too little.
 #
-# The other sizes follow from tiny. For the cost of their runs the law, stretched far beyond our runs, wants
-# about 1, 7 and 80 million weights in the blocks of small, medium and gpt2: they have 1.3, 10.6 and 85. But
-# it supposes text enough: medium and gpt2 want more than our megabyte. The wider the model, the smaller its
-# rate, about in inverse proportion (Yang et al., 2022). Rate times decay, by which a step shrinks a weight,
-# stays near tiny's 0.0006 in small and medium.
+# *From here to the models in the news.* You have now seen every main part of a language model. Theirs differ
+# from ours first of all in scale. GPT-2 (Radford et al., 2019) has this file's architecture with word pieces
+# instead of characters, 124 million to 1.5 billion parameters, and 40 gigabytes of text. Today's models keep
+# the plan and change parts: positions as rotations of queries and keys (Su et al., 2021), a simpler
+# normalization (Zhang and Sennrich, 2019), an MLP with a gate (Shazeer, 2020). Then comes *post-training*:
+# the finished model goes on learning from conversations and from people's preferences (Ouyang et al., 2022),
+# and so a continuer of texts becomes an assistant.
 #
-# *The head start*, last, because it may wait for a second reading: to skip it, go to *From here to the models
-# in the news*. Every model of text must first discover that the last few characters matter most. Ours is
+# *To read on*: "The annotated transformer" (Rush, 2018); GPT-2's paper; nanoGPT. Here the lesson ends. What
+# is left is how the head start is made, for a second reading, and then the program around it all.
+#
+# *The head start.* Every model of text must first discover that the last few characters matter most. Ours is
 # given it: the first block's first head begins by looking one character back, its second two, and so on. In
 # longer runs models without it nearly catch up.
 #     text           ... i s _ t h e _ q u [e]      what follows the e in brackets?
@@ -759,17 +760,22 @@ def generate(model, tokenizer, prompt="", **settings):
 # the character. So tokens begin in the first three quarters of the channels, positions in the last, and the
 # first block's queries and keys read only positions, its values only tokens.
 #
-# Positions begin as waves: C / 8 of them, of different lengths, each by its sine and cosine at that place. At
-# the same place all waves agree; elsewhere they disagree and cancel. So a query finds a place if it holds the
-# waves of that place. (C / 2 places on they agree again: tiny's head 1 also looks 65 back, and training sorts
-# that out.)
+# Positions begin as waves: C / 8 of them, of different lengths, each given by its sine and cosine. If one
+# were four places long, it would begin:
+#     place             0        1        2        3        4
+#     sine, cosine     0, 1     1, 0     0, -1   -1, 0     0, 1
+# The dot product of place 0 with itself is 1, with place 1 it is 0, with place 2 it is -1, and with place 4
+# it is 1 again. Added up over many waves, only that of a place with itself stays large. So a query that holds
+# the waves of a place finds that place. (C / 2 places on, all waves agree again: tiny's head 1 also looks 65
+# back, and training sorts that out.)
 #
-# `shift` turns weights that read one place into weights that read another: what the key weights give at place
-# 5, the same weights shifted by 2 give at place 7, as the example shows. (It is a fixed mix of sine and
-# cosine, the same wherever one is.) Head 2's query weights are its key weights, shifted by 2. So the query at
-# 7 equals the key at 5, a vector's product with itself is large, and place 7 looks at place 5.
+# To look two places back, the query of place 7 must be like the key of place 5. `shift` moves waves along: it
+# turns those of place 5, by 2 places, into those of place 7. Shift two rows alike, and their dot product
+# stays the same. So what the key weights make of place 5, the same weights shifted by 2 make of place 7, as
+# the example shows. Head 2's query weights begin like that, as its key weights shifted by 2: the query of 7
+# nearly equals the key of 5, and the dot product of two equal vectors is large.
 def shift(waves, angles):
-    """Move each wave on by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
+    """Move each wave along by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
 
     >>> pace = torch.tensor([0.1, 0.5])  # two waves: their angles from one place to the next
     >>> angles = torch.arange(10)[:, None] * pace  # (10, 1) * (2,) -> (10, 2)
@@ -800,25 +806,12 @@ def head_start(model):
     model.wte.weight[:, where:] = 0
     model.wte.weight *= math.sqrt(C / where)  # rows as long as before
     # In a layer's weights, each row makes one number, each column reads one channel.
-    queries, keys, values = model.h[0].attn.c_attn.weight.split(C)  # (C, C) each
-    queries[:, :where] = 0
-    keys[:, :where] = 0
+    queries, keys, values = model.h[0].attn.c_attn.weight.split(C)  # (C, C) each: parts, no copies
+    queries[:, :where] = keys[:, :where] = 0
     values[:, where:] = 0
-    keys *= 3  # and with them the queries: scores 9 times as large. Here softmax may be nearly certain
-    heads = zip(queries.chunk(n_head), keys.chunk(n_head))  # (head_size, C) each
-    for d, (query, key) in enumerate(heads, start=1):
-        query[:, where:] = shift(key[:, where:], d * pace)
-
-
-# *From here to the models in the news.* You have now seen every main part of a language model. What separates
-# it from those is first of all scale. GPT-2 (Radford et al., 2019) has this file's architecture with word
-# pieces instead of characters, 124 million to 1.5 billion parameters, and 40 gigabytes of text. Today's
-# models keep the plan and change parts: positions as rotations of queries and keys (Su et al., 2021), a
-# simpler normalization (Zhang and Sennrich, 2019), an MLP with a gate (Shazeer, 2020). Then comes
-# *post-training*: the finished model goes on learning from conversations and from people's preferences
-# (Ouyang et al., 2022), and so a continuer of texts becomes an assistant.
-#
-# *To read on*: "The annotated transformer" (Rush, 2018); GPT-2's paper; nanoGPT. Here the lesson ends.
+    keys *= 3  # and so the queries, made from them below: scores 9 times as large, softmax nearly certain
+    for d, (query, key) in enumerate(zip(queries.chunk(n_head), keys.chunk(n_head)), start=1):
+        query[:, where:] = shift(key[:, where:], d * pace)  # (head_size, 2 n)
 
 
 # %% 10. Files and devices
@@ -831,28 +824,28 @@ def read_text(path):
     try:
         if path == Path("input.txt") and not path.exists():
             print(f"There is no input.txt here: fetching Tiny Shakespeare from {TEXT_URL}")
-            path.write_bytes(urllib.request.urlopen(TEXT_URL, timeout=30).read())
+            Path(f"{path}.{RANK}").write_bytes(urllib.request.urlopen(TEXT_URL, timeout=30).read())
+            os.replace(f"{path}.{RANK}", path)  # so it is there all at once
         return path.read_text(encoding="utf-8-sig")  # "sig": without a byte-order mark
     except (OSError, UnicodeError) as error:
         raise OSError(f"can't read {path} as UTF-8 ({error}): name a text with --data") from None
 
 
 # A *checkpoint* is a file with a model in it and, while its run goes on, with all that it takes to go on. A
-# run is first saved at its first evaluation; then at each, and every minute. The first time, an earlier model
-# of the same name gets .old behind its name; until then it stays. So Ctrl-C, a crash and a power cut
-# are one case: `--resume` goes on from the last save and ends, to the bit, like a run that was left alone.
+# run is first saved at its first evaluation, then at each evaluation and every minute. The first save keeps
+# an earlier model of the same name, with .old behind its name. So Ctrl-C, a crash and a power cut are one
+# case: `--resume` goes on from the last save and ends (on a CPU, to the bit) like a run that was left alone.
 def save(path, model, tokenizer, progress=None, keep_old=False):
     """Write a checkpoint, a dict, to a file, whole or not at all. Raises OSError.
 
         config, characters, model    settings, vocabulary, weights: all that a finished model needs
         train_losses, val_losses     the loss of each step; [step, validation loss] of each evaluation
-        step, optimizer              of an unfinished run: steps done, and the optimizer's state after them
-        best                         of the same: the weights with the lowest validation loss
-        data, sha256                 of the same: where the text is, and its fingerprint
+        step, optimizer              only while the run goes on: steps done, and the optimizer's state
+        best                         only then: the weights with the lowest validation loss
+        data, sha256                 only then: where the text is, and its fingerprint
 
-    progress: all but the first three. keep_old: what is there gets .old behind its name.
+    progress: all but the first line. keep_old: an earlier file is kept, with .old behind its name.
     """
-    model = getattr(model, "_orig_mod", model)  # the model inside what torch.compile gives
     content = dict(progress or {}, config=asdict(model.config), characters=tokenizer.characters)
     content["model"] = model.state_dict()
     if RANK == 0:  # of several processes only the first writes
@@ -862,7 +855,7 @@ def save(path, model, tokenizer, progress=None, keep_old=False):
             os.fsync(file.fileno())  # wait until it is on the disk
         if keep_old and os.path.exists(path):
             print(f"The earlier {path} is kept as {path}.old.", flush=True)
-            os.replace(path, f"{path}.old")
+            Path(f"{path}.old").write_bytes(Path(path).read_bytes())
         os.replace(f"{path}.part", path)
 
 
@@ -870,66 +863,64 @@ def read_checkpoint(path):
     """The dict that `save` wrote, and the model with its best weights. Raises ValueError."""
     try:
         # Python's own format, pickle, may run any code when it is read. With weights_only it may not.
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(Config(**found["config"]))
-        model.load_state_dict(found.get("best", found["model"]))
-        return found, model
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = GPT(Config(**checkpoint["config"]))
+        model.load_state_dict(checkpoint.get("best", checkpoint["model"]))
+        return checkpoint, model
     except Exception as error:  # there are many ways not to be a checkpoint
-        misfit = str(error).partition("state_dict for GPT:")[2].strip().partition("\n")[0]
+        misfit = str(error).partition("state_dict for GPT:")[2].strip().partition("\n")[0]  # what is amiss
         reason = f"no whole checkpoint of this gpt.py in {path}: train one, or name another. {misfit:.100}"
         raise ValueError(reason) from None
 
 
 def load(path="gpt.pt", device="cpu"):
     """The model and the tokenizer in a file, ready to write. Raises ValueError."""
-    found, model = read_checkpoint(Path(path))
-    return model.to(device).eval(), CharTokenizer(found["characters"])
+    checkpoint, model = read_checkpoint(Path(path))
+    return model.to(device).eval(), CharTokenizer(checkpoint["characters"])
 
 
 # PyTorch computes on the *device* where the tensors are: the CPU, NVIDIA's cuda or Apple's mps.
 def pick_device(name):
     """The torch.device of this name; auto is a GPU if there is one. Raises ValueError."""
-    if name == "auto" and torch.accelerator.is_available():
-        name = torch.accelerator.current_accelerator().type  # cuda, mps and the like
+    if name == "auto":
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if name == "cuda":  # each of a machine's processes takes the GPU of its number
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.zeros(1, device=name.replace("auto", "cpu")).device
+        return torch.zeros(1, device=name).device
     except Exception:
         raise ValueError(f"--device {name} is not there: try auto, cpu, cuda, cuda:1 or mps") from None
 
 
-# A float32 is exact to 24 bits, more than training needs. A *bfloat16* covers the same range but is exact to
-# 8, and GPUs from 2020 on multiply such numbers many times faster. In *mixed precision* (Micikevicius et al.,
-# 2018) linear layers and attention compute with 16-bit copies; weights and optimizer stay in float32. On an
-# NVIDIA H200 a step of gpt2 takes 0.120 seconds in float32, 0.021 so, and 0.018 with --compile as well.
-class BFloat16(nn.Module):
+# A float32 is exact to 24 bits, more than most products need. A *bfloat16* covers the same range but is exact
+# to 8, and GPUs from 2020 on multiply such numbers many times faster. In *mixed precision* (Micikevicius et
+# al., 2018) linear layers and attention compute with 16-bit copies; weights and optimizer stay in float32. On
+# an NVIDIA H200 a step of gpt2 takes 0.120 seconds in float32, 0.021 in mixed precision, and 0.018 with
+# --compile as well.
+class BFloat16(nn.Sequential):  # layers in sequence; here one, the model
     """The same model, computing in 16 bits where that is safe: tokens (B, T) -> logits (B, T, V)."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
 
     def forward(self, tokens):
         with torch.autocast(tokens.device.type, torch.bfloat16):
-            return self.model(tokens).float()
+            return super().forward(tokens).float()
 
 
-# *Data parallelism* (Li et al., 2020), as in `torchrun --nproc_per_node 2 gpt.py`: each process has the whole
-# model and a part of each batch; gradients are averaged, so all take the step of the whole batch.
+# *Data parallelism* (in PyTorch: Li et al., 2020), as in `torchrun --nproc_per_node 2 gpt.py`: each process
+# has the whole model and a part of each batch; gradients are averaged, so all take the step of the whole
+# batch, dropout aside.
 #     process 0    sequences 0, 2, 4, 6  --->  gradient  --+
 #                                                          +--->  mean  --->  the same step in both
 #     process 1    sequences 1, 3, 5, 7  --->  gradient  --+
 def speed_up(model, device):
     """A faster way to compute with the same parameters: tokens (B, T) -> logits (B, T, V)."""
-    dtype, compile = model.config.dtype, model.config.compile
+    config = model.config
     new_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # from 2020 on
-    if dtype == "bfloat16" or (dtype == "auto" and new_gpu):
+    if config.dtype == "bfloat16" or (config.dtype == "auto" and new_gpu):
         model = BFloat16(model)
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         model = nn.parallel.DistributedDataParallel(model)
-    return torch.compile(model) if compile else model  # takes a while at first: for long runs
+    return torch.compile(model) if config.compile else model  # takes a while at first: for long runs
 
 
 def draw(path, progress):
@@ -944,7 +935,7 @@ def draw(path, progress):
 
 
 # %% 11. The command line
-# Wrong input is found before training starts, and answered in one line. Later errors are not expected.
+# Wrong input is found before training starts, and answered in one line.
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
@@ -953,11 +944,11 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     """The command line -> flags, config, and the checkpoint to start from or None. Raises ValueError."""
     parser = Parser("gpt.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--size", choices=SIZES, default="tiny", help="start anew, with this size's defaults")
-    start.add_argument("--resume", action="store_true", help="go on with the run in --out where it was saved")
-    start.add_argument("--init-from", type=Path, help="fine-tune: start with the model in this file")
-    start.add_argument("--generate", action="store_true", help="don't train: write with the model in --out")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--size", choices=SIZES, default="tiny", help="start anew, with this size's defaults")
+    mode.add_argument("--resume", action="store_true", help="go on with the run in --out where it was saved")
+    mode.add_argument("--init-from", type=Path, help="fine-tune: start with the model in this file")
+    mode.add_argument("--generate", action="store_true", help="don't train: write with the model in --out")
     parser.add_argument("--data", type=Path, default="input.txt", help="the text to train on, in UTF-8")
     parser.add_argument("--out", type=Path, default="gpt.pt", help="the file of the model")
     parser.add_argument("--plot", type=Path, help="draw the loss into this image (needs matplotlib)")
@@ -965,65 +956,63 @@ def parse(argv):
     parser.add_argument("--prompt", default="", help="the text to continue")
     for row in fields(Config)[:-1]:  # all but vocab_size
         options = {"action": argparse.BooleanOptionalAction} if row.type is bool else {"type": row.type}
-        flag = "--" + row.name.replace("_", "-")
-        parser.add_argument(flag, default=row.default, help=row.metadata["help"], **options)
+        parser.add_argument("--" + row.name.replace("_", "-"), default=row.default, **row.metadata, **options)
     args = parser.parse_args(argv)
-    found, defaults = None, SIZES[args.size]
+    checkpoint = None
+    parser.set_defaults(**SIZES[args.size])
     if args.resume or args.init_from or args.generate:
-        found, _ = read_checkpoint(args.init_from or args.out)
-        defaults = {"data": found.get("data", "input.txt")} | found["config"]
+        checkpoint, _ = read_checkpoint(args.init_from or args.out)
+        parser.set_defaults(data=checkpoint.get("data", "input.txt"), **checkpoint["config"])
     if args.init_from:  # tiny's rate is 0.256 / its width; a quarter of that, lest the model forget
-        defaults = defaults | {"steps": 300, "eval_every": 60, "lr": 0.064 / defaults["n_embd"]}
-    parser.set_defaults(**defaults)
+        parser.set_defaults(steps=300, eval_every=60, lr=0.064 / checkpoint["config"]["n_embd"])
     args = parser.parse_args(argv)  # once more: what is typed beats these defaults
     config = Config(**{row.name: getattr(args, row.name, row.default) for row in fields(Config)})
-    return args, config, found
+    return args, config, checkpoint
 
 
 MAY_BE_0 = ("warmup", "final_lr", "weight_decay", "beta2", "dropout", "seed", "temperature", "top_k")
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
 
-def check(args, config, found):
+def check(args, config, checkpoint):
     """Raise ValueError for the first thing that is wrong with what was typed."""
     for name, value in vars(config).items():
-        least = 0 if name in MAY_BE_0 else 1e-9
-        if type(value) in (int, float) and not value >= least:
+        if type(value) in (int, float) and not (value > 0 or (value == 0 and name in MAY_BE_0)):
             raise ValueError(f"--{name.replace('_', '-')} can't be {value}")
-    old, training = Config(**found["config"]) if found else config, not args.generate
-    changed = [name for name in SHAPE if getattr(old, name) != getattr(config, name)]
-    mistakes = [
+    training = not args.generate
+    changed = [name for name in SHAPE if checkpoint and checkpoint["config"][name] != getattr(config, name)]
+    for wrong, message in [
         (max(config.warmup, config.final_lr) > 1, "--warmup and --final-lr are shares, from 0 to 1"),
         (max(config.dropout, config.beta2) >= 1, "--dropout and --beta2 must be less than 1"),
         (config.n_embd % config.n_head, f"--n-head {config.n_head} does not divide --n-embd {config.n_embd}"),
+        (config.seed > 10**12, "--seed can't be more than 10**12"),
         (config.dtype not in ("auto", "float32", "bfloat16"), f"--dtype can't be {config.dtype}"),
         (config.batch_size % WORLD_SIZE, f"--batch-size must be a multiple of the {WORLD_SIZE} processes"),
         (changed, f"a trained model keeps its shape: {', '.join(changed)} can't be changed"),
-        (args.resume and "step" not in found, f"this run has ended; --init-from {args.out} trains on"),
+        (args.resume and "step" not in checkpoint, f"this run has ended; --init-from {args.out} trains on"),
         (training and args.out.suffix != ".pt", f"--out {args.out} must end in .pt"),
         (training and not os.access(args.out.parent, os.W_OK), f"can't write {args.out} in that folder"),
-    ]
-    for wrong, message in mistakes:
+    ]:
         if wrong:
             raise ValueError(message)
 
 
-def build(args, config, found):
+def build(args, config, checkpoint):
     """What a run needs: model, tokenizer, tokens (N,), progress (see `save`). Raises OSError, ValueError."""
     text = "" if args.generate else read_text(args.data)
-    tokenizer = CharTokenizer(found["characters"]) if found else CharTokenizer.from_text(text)
+    tokenizer = CharTokenizer(checkpoint["characters"]) if checkpoint else CharTokenizer.from_text(text)
     tokens = tokenizer.encode(text)
     tokenizer.encode(args.prompt)  # raises if there are characters that the model does not know
     if not args.generate and len(split(tokens)[1]) <= config.block_size:
         raise ValueError(f"{args.data} is too short: a tenth of it must be longer than --block-size")
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    progress = found if args.resume else {"step": 0, "train_losses": [], "val_losses": [], "sha256": sha256}
+    progress = checkpoint if args.resume else dict(step=0, train_losses=[], val_losses=[], sha256=sha256)
     if progress["sha256"] != sha256:
         raise ValueError(f"{args.data} is not the text that the run in {args.out} began with")
-    config.vocab_size = tokenizer.vocab_size
-    model = GPT(config)
-    if found:
-        model.load_state_dict(found["model"] if args.resume else found.get("best", found["model"]))
+    model = GPT(replace(config, vocab_size=tokenizer.vocab_size))
+    if checkpoint:
+        weights = checkpoint["model"] if args.resume else checkpoint.get("best", checkpoint["model"])
+        model.load_state_dict(weights)
     elif config.head_start and config.n_embd >= 8:
         head_start(model)
     model.to(pick_device(args.device))
@@ -1046,36 +1035,37 @@ def run(args, model, tokenizer, tokens, progress):
         optimizer.load_state_dict(progress["optimizer"])
         for group, settings in zip(optimizer.param_groups, make_optimizer(model, config).param_groups):
             group.update(settings)
-    began = saved = time.monotonic()
-    network = speed_up(model, device)  # the same parameters
+    started = last_save = time.monotonic()
+    network = speed_up(model, device)  # another way to compute with the model's own parameters
     for step, loss, val_loss in train(network, optimizer, config, training, validation, start):
         if not math.isfinite(loss + (val_loss or 0)):
-            sys.exit(f"gpt.py: the loss is {loss} at step {step}: start again with a lower --lr")
+            sys.exit(f"gpt.py: the loss is not a finite number at step {step}: start again with a lower --lr")
         progress["train_losses"].append(loss)
         now = time.monotonic()
         if val_loss is not None or step % 100 == 0:
-            recent = progress["train_losses"][-20:]  # one batch is easy or hard by chance
-            left = (now - began) / (step - start) * (config.steps - step)
-            train_loss = f"train loss {sum(recent) / len(recent):.3f}"
-            print(f"step {step:,} of {config.steps:,}  {train_loss}  {left:.0f} seconds left", flush=True)
+            train_loss = sum(progress["train_losses"][-20:]) / min(step, 20)  # one batch may be odd
+            seconds = (now - started) / (step - start) * (config.steps - step)
+            line = (
+                f"step {step:,} of {config.steps:,}  train loss {train_loss:.3f}  {seconds:.0f} seconds left"
+            )
+            print(line, flush=True)
         if val_loss is not None:
             progress["val_losses"].append([step, val_loss])
-            if val_loss == min(loss for _, loss in progress["val_losses"]):
+            if val_loss == min(value for _, value in progress["val_losses"]):
                 progress["best"] = {name: weight.clone() for name, weight in model.state_dict().items()}
             sample = "".join(generate(model, tokenizer, length=120)).replace("\n", "\n    | ")
             print(f"    val loss {val_loss:.4f}; it now writes:\n    | {sample}", flush=True)
             if args.plot and RANK == 0:
                 draw(args.plot, progress)
-        if val_loss is not None or (progress["val_losses"] and now - saved > 60):
-            first = progress["step"] == 0
-            progress |= {"step": step, "optimizer": optimizer.state_dict()}
-            save(args.out, model, tokenizer, progress, keep_old=first)
-            saved = now
+        if val_loss is not None or (progress["val_losses"] and now - last_save > 60):
+            state = {"step": step, "optimizer": optimizer.state_dict()}
+            save(args.out, model, tokenizer, progress | state, keep_old=progress["step"] == 0)
+            progress["step"], last_save = step, now  # only now is there something to resume
     if WORLD_SIZE > 1:
         torch.distributed.destroy_process_group()
     model.load_state_dict(progress["best"])
     save(args.out, model, tokenizer, {name: progress[name] for name in ("train_losses", "val_losses")})
-    best = min(loss for _, loss in progress["val_losses"])
+    best = min(value for _, value in progress["val_losses"])
     print(f"The model with the lowest validation loss, {best:.4f}, is in {args.out}. It writes:\n")
 
 
@@ -1084,9 +1074,9 @@ def main(argv=None):
     if RANK > 0:  # of several processes only the first speaks
         sys.stdout = open(os.devnull, "w")
     try:
-        args, config, found = parse(argv)
-        check(args, config, found)
-        model, tokenizer, tokens, progress = build(args, config, found)
+        args, config, checkpoint = parse(argv)
+        check(args, config, checkpoint)
+        model, tokenizer, tokens, progress = build(args, config, checkpoint)
     except (OSError, ValueError, ImportError) as error:
         if RANK == 0 or "--device" in str(error):  # each process has a device of its own
             print("gpt.py:", " ".join(str(error).split()), file=sys.stderr)
@@ -1095,12 +1085,12 @@ def main(argv=None):
         if not args.generate:
             run(args, model, tokenizer, tokens, progress)
         print(args.prompt, end="")
-        for text in generate(model, tokenizer, args.prompt):
-            print(text, end="", flush=sys.stdout.isatty())
+        for character in generate(model, tokenizer, args.prompt):
+            print(character, end="", flush=sys.stdout.isatty())
         print(flush=True)
     except KeyboardInterrupt:
-        saved = 0 < progress["step"] < model.config.steps
-        print(f"\nStopped. To go on: python gpt.py --resume --out {args.out}" if saved else "\nStopped.")
+        resumable = 0 < progress["step"] < model.config.steps
+        print(f"\nStopped. To go on: python gpt.py --resume --out {args.out}" if resumable else "\nStopped.")
         sys.exit(130)
     except BrokenPipeError:  # whoever read this has gone, as in `python gpt.py --generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
