@@ -680,9 +680,10 @@ def generate(model, tokenizer, prompt="", **settings):
 # 1.919 after the script's 2,000 steps, which take it a quarter of the script's time. So leaving out three
 # blocks saves three quarters of the time and costs only 0.02, and the recipe saves two thirds of the rest.
 #
-# Size helps as long as there is text enough. Our `small`, of 1.4 million parameters, ends at 1.548 after 21
-# minutes on two cores. With eight times as many, `medium` is at best at 1.612, and nanoGPT's recipe for a
-# GPU, before it overfits, at 1.611: they are too large for this text, and there our recipe gains nothing.
+# Size helps as long as there is text enough. Our `small`, of 1.4 million parameters, ends at 1.548 (mean of
+# three) after 21 minutes on two cores. With eight times as many, `medium` is at best at 1.612, and nanoGPT's
+# recipe for a GPU, before it overfits, at 1.611: they are too large for this text, and there our recipe gains
+# nothing.
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
@@ -708,7 +709,7 @@ def generate(model, tokenizer, prompt="", **settings):
 #     without F.gelu                                2.13   +0.265   0.006
 #     0.02 in place of 1 / sqrt(C)                  2.13   +0.260   0.014
 #     --n-head 1                                    2.07   +0.204   0.005
-#     without `self.c_proj` in Attention           1.95   +0.085   0.002
+#     without `self.c_proj` in Attention            1.95   +0.085   0.002
 #     gradient descent, --lr 1                      1.95   +0.080   0.003
 #     --final-lr 1                                  1.93   +0.068   0.006
 #     c_proj begun as large as the others           1.93   +0.060   0.003
@@ -724,8 +725,7 @@ def generate(model, tokenizer, prompt="", **settings):
 # The comedies alone do no worse than half of everything: text like the one you want is worth far more than
 # other text. *Fine-tuning* goes on from there, and trains a finished model further on the kind of text
 # wanted. A model of eight of the plays is at 1.73 on unseen parts of the other two, and after 300 steps on
-# the rest of those two at 1.57 (one run). A new model is at 1.91 after 300 such steps, and at 1.61 after
-# 2,500.
+# the rest of those two at 1.57 (one run). A new model is at 1.91 after 300, at 1.61 after 2,500.
 #
 # *How large a model for the time one has?* In the same time, a larger model takes fewer steps. A run costs
 # about 6ND operations, for N weights in the blocks (N as in the papers) and D characters read: each weight
