@@ -681,9 +681,8 @@ def generate(model, tokenizer, prompt="", **settings):
 # blocks saves three quarters of the time and costs only 0.02, and the recipe saves two thirds of the rest.
 #
 # Size helps as long as there is text enough. Our `small`, of 1.4 million parameters, ends at 1.548 (mean of
-# three) after 21 minutes on two cores. With eight times as many, `medium` is at best at 1.612, and nanoGPT's
-# recipe for a GPU, before it overfits, at 1.611: they are too large for this text, and there our recipe gains
-# nothing.
+# three) after 21 minutes. With eight times as many, `medium` is at best at 1.612, and nanoGPT's recipe for a
+# GPU, before it overfits, at 1.611: they are too large for this text, and there our recipe gains nothing.
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
