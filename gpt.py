@@ -936,7 +936,8 @@ def draw(path, progress):
 
 
 # %% 11. The command line
-# Wrong input is found before training starts, and answered in one line.
+# Wrong input is found before training starts, and answered in one line: `main` prints what is raised until
+# then. argparse by itself would print all flags first.
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
