@@ -48,9 +48,14 @@ of a line's tensors, before and after:
 # To look things up in: the sections explain their settings. All but vocab_size are also flags.
 
 import argparse
+import contextlib
+import copy
 import hashlib
+import io
 import math
 import os
+import shlex
+import signal
 import sys
 import time
 import urllib.request
@@ -58,60 +63,68 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while PyTorch is being imported ends the program without a traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch looks for numpy; we do without
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 
-def setting(default, help):
-    return field(default=default, metadata={"help": help})
+def setting(default, help, may_be=(1, math.inf), fixed=False):
+    """A setting with its default, its meaning and its range or choices. fixed: a trained model keeps it."""
+    return field(default=default, metadata=dict(help=help, may_be=may_be, fixed=fixed))
 
 
 @dataclass
 class Config:
-    """All settings of a model, its training and its writing."""
+    """All settings of a model and its training. Raises ValueError for one that can't be."""
 
     # The shape of the model (sections 2 to 5).
-    n_layer: int = setting(2, "blocks, one on top of the other")
-    n_head: int = setting(4, "attention heads in a block; must divide n_embd")
-    n_embd: int = setting(128, "numbers that stand for one character")
-    block_size: int = setting(128, "context: how many characters the model looks back on")
+    n_layer: int = setting(2, "blocks, one on top of the other", fixed=True)
+    n_head: int = setting(4, "attention heads in a block; must divide n_embd", fixed=True)
+    n_embd: int = setting(128, "numbers that stand for one character", fixed=True)
+    block_size: int = setting(128, "context: how many characters the model looks back on", fixed=True)
     # Its training (sections 3, 6, 7 and 9).
     batch_size: int = setting(8, "sequences in a step")
     steps: int = setting(2900, "steps of training")
-    lr: float = setting(2e-3, "learning rate at its peak")
-    warmup: float = setting(0.1, "share of the steps until that peak is reached")
-    final_lr: float = setting(0.0, "learning rate at the end, as a share of the peak")
-    weight_decay: float = setting(0.3, "pull of the weight matrices towards zero")
-    beta2: float = setting(0.99, "how long AdamW remembers the size of the gradients")
-    grad_clip: float = setting(1.0, "longest gradient allowed")
-    dropout: float = setting(0.0, "share of outputs set to 0 in training")
-    head_start: bool = setting(True, "start with heads that look back")
+    lr: float = setting(0.0, "learning rate at its peak; 0: what suits the width, 0.256 / n_embd", (0, 1e9))
+    warmup: float = setting(0.1, "share of the steps until that peak is reached", (0, 1))
+    final_lr: float = setting(0.0, "learning rate at the end, as a share of the peak", (0, 1))
+    weight_decay: float = setting(0.3, "pull of the weight matrices towards zero", (0, 1e9))
+    beta2: float = setting(0.99, "how long AdamW remembers the size of the gradients", (0, 0.9999))
+    grad_clip: float = setting(1.0, "longest gradient allowed", (1e-6, math.inf))
+    dropout: float = setting(0.0, "share of outputs set to 0 in training", (0, 0.99))
+    head_start: bool = setting(True, "start with heads that look back", (0, 1))
     eval_every: int = setting(500, "steps between two evaluations")
-    seed: int = setting(1337, "where all randomness comes from")
-    # Its writing (section 8).
-    length: int = setting(500, "characters to write")
-    temperature: float = setting(0.8, "0: always the likeliest character; 1: by the model's probabilities")
-    top_k: int = setting(0, "choose among the k likeliest characters only; 0: among all")
-    # Its arithmetic (section 10), and the size of its vocabulary.
-    dtype: str = setting("auto", "auto, float32 or bfloat16")
-    compile: bool = setting(False, "let torch.compile make the model faster first")
-    vocab_size: int = setting(65, "different characters: counted in the text, and so no flag")
+    seed: int = setting(1337, "where all randomness comes from", (0, 10**12))
+    # Its arithmetic (section 12), and the size of its vocabulary, which is counted and so has no flag.
+    dtype: str = setting("auto", "kind of numbers", ("auto", "float32", "bfloat16"))
+    compile: bool = setting(False, "let torch.compile make the model faster first", (0, 1))
+    vocab_size: int = 65
+
+    def __post_init__(self):
+        for row in [row for row in fields(self) if row.metadata]:
+            value, may_be = getattr(self, row.name), row.metadata["may_be"]
+            if not (value in may_be or (row.type is not str and may_be[0] <= value <= may_be[-1])):
+                raise ValueError(f"--{row.name.replace('_', '-')} can't be {value}: allowed are {may_be}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"--n-head {self.n_head} does not divide --n-embd {self.n_embd}")
+        self.lr = self.lr or 0.256 / self.n_embd
 
 
 SIZES = {  # for --size: how each differs from the defaults above
     "tiny": {},
-    "small": {"n_layer": 3, "n_head": 8, "n_embd": 192, "block_size": 256, "batch_size": 4}
-    | {"steps": 15_000, "lr": 1.2e-3, "weight_decay": 0.5, "dropout": 0.05},
-    "medium": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16}
-    | {"steps": 6000, "lr": 7e-4, "weight_decay": 0.9, "dropout": 0.2},
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "steps": 20_000, "lr": 3e-4},
+    "small": dict(n_layer=3, n_head=8, n_embd=192, block_size=256, batch_size=4)
+    | dict(steps=15_000, weight_decay=0.5, dropout=0.05),
+    "medium": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16)
+    | dict(steps=6000, weight_decay=0.9, dropout=0.2),
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, steps=20_000),
 }
 
-# Several processes can share a run (section 10). On a laptop there is one.
-RANK = int(os.environ.get("RANK", 0))  # this process's number, from 0
+# Several processes can share a run (section 12). On a laptop there is one.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # this process's number, from 0
 
 
 # %% 1. Text to numbers
@@ -132,7 +145,7 @@ class CharTokenizer:
     """Turns text into tokens and back.
 
     >>> tokenizer = CharTokenizer.from_text("to be or not to be")
-    >>> tokenizer.characters
+    >>> tokenizer.vocabulary
     ' benort'
     >>> tokenizer.encode("not")
     tensor([3, 4, 6], dtype=torch.int32)
@@ -140,10 +153,10 @@ class CharTokenizer:
     'bee'
     """
 
-    def __init__(self, characters):
-        self.characters = characters
-        self.vocab_size = len(characters)
-        self.token_of = {character: token for token, character in enumerate(characters)}
+    def __init__(self, vocabulary):
+        self.vocabulary = vocabulary  # all that a checkpoint keeps of a tokenizer
+        self.vocab_size = len(vocabulary)
+        self.token_of = {character: token for token, character in enumerate(vocabulary)}
 
     @classmethod
     def from_text(cls, text):
@@ -159,7 +172,7 @@ class CharTokenizer:
 
     def decode(self, tokens):
         """Tokens (N,) -> text of N characters."""
-        return "".join(self.characters[token] for token in tokens)
+        return "".join(self.vocabulary[token] for token in tokens)
 
 
 # Never test on what you have trained on: knowing by heart is not knowing. We train on the first nine tenths
@@ -184,33 +197,34 @@ def split(tokens):
 #     uniform    an even guess                                                    4.17
 #     unigram    how often each character occurs: e is cheap, q is costly         3.37
 #     bigram     how often each pair occurs: after q comes u                      2.53
-def count_pairs(tokens, vocab_size):
-    """Row a, column b: how often token b follows token a. (N,) -> (V, V)
+def counting(training, validation, vocab_size, longest=6):
+    """Validation losses of guessing by counts after 0, 1, ... `longest` tokens, in nats. (N,), (M,) -> list
 
-    >>> count_pairs(torch.tensor([0, 1, 1, 0, 1]), 2)
-    tensor([[0, 2],
-            [1, 1]])
+    Interpolated Kneser-Ney smoothing (Kneser and Ney, 1995), in the form of Teh (2006).
     """
-    # All tokens but the last, and all but the first: the pairs. a * V + b writes each pair as one number.
-    pairs = tokens[:-1] * vocab_size + tokens[1:]  # (N - 1,)
-    # bincount counts how often each number occurs; view arranges the counts in rows.
-    return torch.bincount(pairs, minlength=vocab_size**2).view(vocab_size, vocab_size)
+    tokens = torch.cat([training, validation]).long()  # (N + M,)
+    everywhere = torch.arange(len(training))  # (N,) the places that are counted
+    context, p, losses = torch.zeros_like(tokens), torch.full((len(tokens),), 1 / vocab_size).double(), []
 
+    def one_of_each(numbers):  # a place of each different number
+        place = torch.full((len(tokens),), -1)
+        place[numbers] = torch.arange(len(numbers))
+        return place[place >= 0]
 
-# Why not go on, and count what follows three characters, or ten? Even of the 65 * 65 pairs only 1,535 occur
-# in our plays. There are 18 million groups of four, and most of those that a new text needs were never seen.
-# A model must learn what groups have in common.
-def baselines(training, validation, vocab_size):
-    """Validation losses of the three, in nats per character. (N,), (M,) -> name -> loss"""
-    pairs = count_pairs(training, vocab_size)  # (V, V)
-    counts = pairs.sum(1)  # (V,) how often each token comes first in a pair
-    before, after = validation[:-1], validation[1:]  # (M - 1,) each
-    # A tensor of numbers can be an index: counts[after] looks up one count for each of them. And one is added
-    # to each count (Laplace, 1814), so that what training never showed is costly but not impossible.
-    unigram = (counts[after] + 1) / (counts.sum() + vocab_size)  # (M - 1,) each next token's probability
-    bigram = (pairs[before, after] + 1) / (counts[before] + vocab_size)  # (M - 1,) given the one before
-    losses = [math.log(vocab_size), -unigram.log().mean().item(), -bigram.log().mean().item()]
-    return dict(zip(["uniform", "unigram", "bigram"], losses))
+    def guess(places, context, pair, p):  # counts at these places, and p by the shorter context
+        times, came = (torch.bincount(x[places], minlength=len(tokens))[x] for x in (pair, context))
+        first = places[one_of_each(pair[places])]  # one place for each kind of pair
+        kinds = torch.bincount(context[first], minlength=len(tokens))[context]
+        return ((times - 0.75).clamp(min=0) + (0.75 * kinds + 1) * p) / (came + 1)
+
+    for length in range(longest + 1):
+        pair = (context * vocab_size + tokens).unique(return_inverse=True)[1]  # (N + M,) context and token
+        if length:
+            p = guess(one_of_each(pair[everywhere]), *shorter, p)  # noqa: F821
+        losses.append(-guess(everywhere, context, pair, p)[len(training) :].log().mean().item())
+        shorter = context, pair  # noqa: F841
+        context = torch.cat([context[:1], pair[:-1]])  # what stands before the next token: one more
+    return losses
 
 
 # %% 2. Attention
@@ -305,6 +319,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
         if cache is not None:  # only for writing; skip it until section 8
             if self in cache:
+                assert T == 1, "one new character at a time"
                 k = torch.cat([cache[self][0], k], dim=2)  # (B, n_head, earlier positions + T, head_size)
                 v = torch.cat([cache[self][1], v], dim=2)
             cache[self] = k, v
@@ -458,7 +473,6 @@ def get_batch(tokens, batch_size, block_size):
     True
     """
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1))  # (B, 1)
-    starts = starts[RANK::WORLD_SIZE]  # this process's share of the batch (section 10): alone, all of it
     places = starts + torch.arange(block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
     sequences = tokens[places.to(tokens.device)].long()  # (B, T + 1); on the CPU or GPU where the tokens are
     return sequences[:, :-1], sequences[:, 1:]
@@ -543,17 +557,21 @@ def learning_rate(step, config):
 def evaluate(model, config, tokens):
     """Mean loss in nats per token over tokens (N,), read once, in sequences of block_size."""
     model.eval()  # dropout off
-    T, n = config.block_size, len(tokens) - 1
-    # The last sequence is filled up with zeros; where the target is -100, cross_entropy does not count it.
-    padding = (0, -n % T)  # -n % T: how many are missing from a multiple of T
-    inputs = F.pad(tokens[:-1], padding).long().view(-1, T)  # (all sequences, T); -1: however many
-    targets = F.pad(tokens[1:], padding, value=-100).long().view(-1, T)  # (all sequences, T)
-    total = 0.0
-    for x, y in zip(inputs.split(32), targets.split(32)):  # (32, T) each
-        logits = model(x)  # (32, T) -> (32, T, V)
-        # Softmax, then -ln p of each target, added up. flatten lists all 32 * T questions in one row.
-        total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
-    return total / n
+    B, T, n = config.batch_size, config.block_size, len(tokens) - 1
+    tokens = torch.cat([tokens, tokens.new_zeros(-n % (B * T))]).long()  # filled up to whole batches
+    inputs, targets = tokens[:-1].view(-1, B, T), tokens[1:].view(-1, B, T)  # (batches, B, T)
+    losses = torch.zeros(len(inputs), B * T, device=tokens.device)  # one for each target
+    for i in range(RANK, len(inputs), WORLD_SIZE):  # alone: every batch
+        logits = model(inputs[i])  # (B, T) -> (B, T, V)
+        losses[i] = F.cross_entropy(logits.flatten(0, 1), targets[i].flatten(), reduction="none")
+    return add_up(losses).flatten()[:n].mean().item()  # what was filled up does not count
+
+
+def add_up(numbers):
+    """The sum of these numbers over all processes that share the run (section 12): alone, the numbers."""
+    if WORLD_SIZE > 1:
+        torch.distributed.all_reduce(numbers)
+    return numbers
 
 
 def train(model, optimizer, config, training, validation, start=0):
@@ -570,7 +588,10 @@ def train(model, optimizer, config, training, validation, start=0):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
 
-        inputs, targets = get_batch(training, config.batch_size, config.block_size)  # (B, T) each
+        batch = get_batch(training, config.batch_size, config.block_size)
+        inputs, targets = (part[RANK::WORLD_SIZE] for part in batch)  # (B, T) each; alone, the whole batch
+        if RANK > 0:
+            torch.manual_seed((config.seed + RANK) * 1_000_003 + step)  # so that dropout differs
         logits = model(inputs)  # (B, T) -> (B, T, V)
         # Softmax, then the mean of -ln p of each target.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B * T, V), (B * T,) -> one number
@@ -583,7 +604,7 @@ def train(model, optimizer, config, training, validation, start=0):
 
         due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
         val_loss = evaluate(model, config, validation) if due else None
-        yield step + 1, loss.item(), val_loss
+        yield step + 1, add_up(loss.detach()) / WORLD_SIZE, val_loss
 
 
 # %% 8. Writing
@@ -624,24 +645,21 @@ def probabilities(logits, temperature=1.0, top_k=0):
 # new positions, and their keys and values must be computed anew. So we drop the earlier half at once, send
 # the rest through afresh, and go on; a text can be of any length.
 @torch.no_grad()
-def generate(model, tokenizer, prompt="", **settings):
-    """Continue the prompt: an iterator over characters, each as soon as it is made.
-
-    settings: length, temperature, top_k and seed, where they should differ from the model's config.
-    """
-    config, device = replace(model.config, **settings), model.wte.weight.device
-    rng = torch.Generator().manual_seed(config.seed)
+def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, seed=1337):
+    """Continue the prompt: an iterator over characters, each as soon as it is made. `length` tokens in all."""
+    T, device = model.config.block_size, model.wte.weight.device
+    rng = torch.Generator().manual_seed(seed)
     model.eval()  # dropout off
-    context = tokenizer.encode(prompt) if prompt else torch.zeros(2)  # two line ends, 0 in our plays
-    context = context[-config.block_size :].long()  # (up to block_size,)
+    # Without a prompt, it starts after a blank line; if the text has no line ends, after token 0.
+    blank = "\n\n" if "\n" in tokenizer.decode(range(tokenizer.vocab_size)) else tokenizer.decode([0])
+    context = tokenizer.encode(prompt or blank)[-T:].long()  # (up to block_size,)
     cache = {}
-    for _ in range(config.length):
-        if len(context) > config.block_size:
-            context, cache = context[-max(1, config.block_size // 2) :], {}
+    for _ in range(length):
+        if len(context) > T:
+            context, cache = context[-max(1, T // 2) :], {}
         start = len(context) - 1 if cache else 0  # once there is a cache, only the newest goes through
         logits = model(context[None, start:].to(device), cache, start)[0, -1]  # (1, T) -> (V,); mostly T = 1
-        probs = probabilities(logits.cpu(), config.temperature, config.top_k)  # (V,)
-        token = torch.multinomial(probs, 1, generator=rng)  # (1,)
+        token = torch.multinomial(probabilities(logits.cpu(), temperature, top_k), 1, generator=rng)  # (1,)
         context = torch.cat([context, token])
         yield tokenizer.decode(token.tolist())
 
@@ -815,82 +833,150 @@ def head_start(model):
         query[:, where:] = shift(key[:, where:], d * pace)  # (head_size, 2 n)
 
 
-# %% 10. Files and devices
+# %% 10. After training
+@torch.no_grad()
+def write_batch(model, contexts, length):
+    """Continue many contexts at once, by the model's own probabilities: (B, T) -> (B, T + length)."""
+    cache = {}
+    for _ in range(length):
+        start = contexts.size(1) - 1 if cache else 0
+        probs = model(contexts[:, start:], cache, start)[:, -1].softmax(-1)  # (B, V)
+        contexts = torch.cat([contexts, torch.multinomial(probs, 1)], dim=1)
+    return contexts
+
+
+def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32, lr=1e-4, seed=1337):
+    """Make texts of high reward likelier. Yields after each step: mean reward, KL divergence in nats per token.
+
+    tokens (N,): prompts come from here. reward: text -> a number. kl: how strongly the model is held to what
+    it was before. Policy gradient (Williams, 1992), with the divergence as in Ouyang et al. (2022).
+    """
+    before = copy.deepcopy(model).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    T = model.config.block_size // 4  # a quarter of the context is given, the rest is written
+    for step in range(steps):
+        model.eval()  # dropout off: what is judged is what it writes with
+        torch.manual_seed(seed * 1_000_003 + step)
+        prompts, _ = get_batch(tokens, batch_size, T)  # (B, T)
+        texts = write_batch(model, prompts, model.config.block_size - T)  # (B, block_size)
+        rewards = torch.tensor(
+            [float(reward(tokenizer.decode(text.tolist()))) for text in texts[:, T:]]
+        )  # (B,)
+        advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-6)).to(texts.device)  # (B,)
+
+        log_p = model(texts[:, :-1])[:, T - 1 :].log_softmax(-1)  # (B, written, V)
+        chosen = log_p.gather(2, texts[:, T:, None]).squeeze(2)  # (B, written) ln p of what it wrote
+        with torch.no_grad():
+            log_q = before(texts[:, :-1])[:, T - 1 :].log_softmax(-1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        loss = -(advantages[:, None] * chosen).mean() + kl * divergence
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield rewards.mean().item(), divergence.item()
+
+
+# %% 12. Files and devices
 # Tiny Shakespeare, which char-rnn (Karpathy, 2015) made famous, for those who have no input.txt:
 TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+
+def find_text(path):
+    """Where a text lies that was not named just now: there, here, or beside gpt.py. Raises OSError."""
+    beside = Path(globals().get("__file__", path)).with_name(path.name)
+    for place in (path, Path(path.name), beside):
+        if place.exists():
+            return place
+    if path == Path("input.txt"):
+        print(f"There is no input.txt here: fetching Tiny Shakespeare from {TEXT_URL}")
+        try:
+            write(path, urllib.request.urlopen(TEXT_URL, timeout=30).read())
+        except Exception as error:  # there are many ways for that to fail
+            raise OSError(f"Tiny Shakespeare can't be fetched ({error}): name a text with --data") from None
+    return path
 
 
 def read_text(path):
     """The text in a UTF-8 file, with line ends of any system as \\n. Raises OSError."""
     try:
-        if path == Path("input.txt") and not path.exists():
-            print(f"There is no input.txt here: fetching Tiny Shakespeare from {TEXT_URL}")
-            Path(f"{path}.{RANK}").write_bytes(urllib.request.urlopen(TEXT_URL, timeout=30).read())
-            os.replace(f"{path}.{RANK}", path)  # so it is there all at once
         return path.read_text(encoding="utf-8-sig")  # "sig": without a byte-order mark
     except (OSError, UnicodeError) as error:
         raise OSError(f"can't read {path} as UTF-8 ({error}): name a text with --data") from None
 
 
-# A *checkpoint* is a file with a model in it and, while its run goes on, with all that it takes to go on. A
-# run is first saved at its first evaluation, then at each evaluation and every minute. The first save keeps
-# an earlier model of the same name, with .old behind its name. So Ctrl-C, a crash and a power cut are one
-# case: `--resume` goes on from the last save and ends (on a CPU, to the bit) like a run that was left alone.
-def save(path, model, tokenizer, progress=None, keep_old=False):
-    """Write a checkpoint, a dict, to a file, whole or not at all. Raises OSError.
-
-        config, characters, model    settings, vocabulary, weights: all that a finished model needs
-        train_losses, val_losses     the loss of each step; [step, validation loss] of each evaluation
-        step, optimizer              only while the run goes on: steps done, and the optimizer's state
-        best                         only then: the weights with the lowest validation loss
-        data, sha256                 only then: where the text is, and its fingerprint
-
-    progress: all but the first line. keep_old: an earlier file is kept, with .old behind its name.
-    """
-    content = dict(progress or {}, config=asdict(model.config), characters=tokenizer.characters)
-    content["model"] = model.state_dict()
-    if RANK == 0:  # of several processes only the first writes
-        with open(f"{path}.part", "wb") as file:  # beside the old file: one of the two is always whole
-            torch.save(content, file)
+def write(path, content):
+    """Write bytes to a file, whole or not at all; None: only try whether that can be done. Raises OSError."""
+    path = os.path.realpath(path)  # where a link leads to
+    part = f"{path}.{os.getpid()}.part"  # beside the old file: one of the two is always whole
+    try:
+        with open(part, "wb") as file:
+            file.write(content or b"")
             file.flush()
             os.fsync(file.fileno())  # wait until it is on the disk
-        if keep_old and os.path.exists(path):
-            print(f"The earlier {path} is kept as {path}.old.", flush=True)
-            Path(f"{path}.old").write_bytes(Path(path).read_bytes())
-        os.replace(f"{path}.part", path)
+        for seconds in [0.1] * 20 + [0] if content else []:
+            try:
+                return os.replace(part, path)
+            except PermissionError:  # on Windows, while another program reads the old file
+                if not seconds:
+                    raise
+                time.sleep(seconds)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def pack(model, tokenizer, more={}):
+    """The bytes of a checkpoint, a dict. more: what else is in it, or in place of these.
+
+    config, vocabulary, model    settings, vocabulary, weights: all that it takes to write
+    train_losses, val_losses     of its run: the loss of each step; [step, loss] of each evaluation
+    run                          only in a run's own file: all that it takes to go on
+    """
+    content = dict(config=asdict(model.config), vocabulary=tokenizer.vocabulary, model=model.state_dict())
+    buffer = io.BytesIO()  # first in memory: so a full disk is found by `write`, and is a plain OSError
+    torch.save(content | more, buffer)
+    return buffer.getvalue()
+
+
+def save(path, model, tokenizer):
+    """Write a model to a file, whole or not at all. Raises OSError."""
+    write(path, pack(model, tokenizer))
 
 
 def read_checkpoint(path):
-    """The dict that `save` wrote, and the model with its best weights. Raises ValueError."""
+    """What `pack` made: the model, its tokenizer, and the whole dict. Raises ValueError."""
     try:
         # Python's own format, pickle, may run any code when it is read. With weights_only it may not.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(Config(**checkpoint["config"]))
-        model.load_state_dict(checkpoint.get("best", checkpoint["model"]))
-        return checkpoint, model
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        model = GPT(Config(**content["config"]))
+        model.load_state_dict(content["model"])
+        return model, CharTokenizer(content["vocabulary"]), content
     except Exception as error:  # there are many ways not to be a checkpoint
-        misfit = str(error).partition("state_dict for GPT:")[2].strip().partition("\n")[0]  # what is amiss
-        reason = f"no whole checkpoint of this gpt.py in {path}: train one, or name another. {misfit:.100}"
+        reason = f"no whole checkpoint of this gpt.py in {path}: train one, or name another ({error!s:.120})"
         raise ValueError(reason) from None
 
 
 def load(path="gpt.pt", device="cpu"):
     """The model and the tokenizer in a file, ready to write. Raises ValueError."""
-    checkpoint, model = read_checkpoint(Path(path))
-    return model.to(device).eval(), CharTokenizer(checkpoint["characters"])
+    model, tokenizer, _ = read_checkpoint(path)
+    return model.to(device).eval(), tokenizer
 
 
 # PyTorch computes on the *device* where the tensors are: the CPU, NVIDIA's cuda or Apple's mps.
 def pick_device(name):
-    """The torch.device of this name; auto is a GPU if there is one. Raises ValueError."""
-    if name == "auto":
-        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    """The torch.device of this name; auto is a GPU if there is one that works. Raises ValueError."""
+    auto, gpu = name == "auto", torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+    if auto:  # several processes can't share Apple's GPU
+        name = gpu.type if gpu and (WORLD_SIZE == 1 or gpu.type == "cuda") else "cpu"
     if name == "cuda":  # each of a machine's processes takes the GPU of its number
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0) if WORLD_SIZE > 1 else 0}"
     try:
-        return torch.zeros(1, device=name).device
-    except Exception:
-        raise ValueError(f"--device {name} is not there: try auto, cpu, cuda, cuda:1 or mps") from None
+        return torch.zeros(1, device=name).add(1).device  # compute: this PyTorch may not know so old a GPU
+    except Exception as error:
+        if auto and not isinstance(error, torch.OutOfMemoryError):
+            print(f"{name} can't be used, so this runs on the CPU ({error!s:.120})")
+            return torch.device("cpu")
+        raise ValueError(f"--device {name} can't be used ({error!s:.120}): auto, cpu, cuda or mps?") from None
 
 
 # A float32 is exact to 24 bits, more than most products need. A *bfloat16* covers the same range but is exact
@@ -906,36 +992,59 @@ class BFloat16(nn.Sequential):  # layers in sequence; here one, the model
             return super().forward(tokens).float()
 
 
+@torch.no_grad()
+def sees_ahead(network, tokens):
+    """Whether logits of earlier positions move with the last of the tokens (B, T). They must not."""
+    changed = torch.cat([tokens[:, :-1], tokens[:, :1]], dim=1)
+    network.eval()
+    # The same numbers, added in the same order, give the same result. But some devices add in an order of
+    # their own and round by some millionths differently each time: hence not 0.
+    return (network(tokens) - network(changed))[:, :-1].abs().max().item() > 1e-4
+
+
 # *Data parallelism* (in PyTorch: Li et al., 2020), as in `torchrun --nproc_per_node 2 gpt.py`: each process
 # has the whole model and a part of each batch; gradients are averaged, so all take the step of the whole
 # batch, dropout aside.
 #     process 0    sequences 0, 2, 4, 6  --->  gradient  --+
 #                                                          +--->  mean  --->  the same step in both
 #     process 1    sequences 1, 3, 5, 7  --->  gradient  --+
-def speed_up(model, device):
-    """A faster way to compute with the same parameters: tokens (B, T) -> logits (B, T, V)."""
-    config = model.config
+def speed_up(model, batch):
+    """A faster way to compute with the same parameters. batch: tokens (B, T) as in the run, to try it with.
+
+    Exits if the device computes nonsense.
+    """
+    config, device, network = model.config, batch.device, model
     new_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # from 2020 on
     if config.dtype == "bfloat16" or (config.dtype == "auto" and new_gpu):
-        model = BFloat16(model)
+        network = BFloat16(model)
+    if sees_ahead(network, batch[:1, :64]):
+        sys.exit(
+            f"gpt.py: on {device} this PyTorch lets a position see later ones. Update it, or --device cpu"
+        )
     if WORLD_SIZE > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        model = nn.parallel.DistributedDataParallel(model)
-    return torch.compile(model) if config.compile else model  # takes a while at first: for long runs
+        network = nn.parallel.DistributedDataParallel(network)
+    if config.compile:
+        try:
+            faster = torch.compile(network.train())  # takes a while at first: for long runs
+            faster(batch).sum().backward()
+            return faster
+        except Exception as error:
+            say(f"--compile does not work here, so this goes on without it ({error!s:.120})")
+    return network
 
 
-def draw(path, progress):
-    """Draw the losses of a run into an image file."""
+def draw(path, content):
+    """Draw the losses in a checkpoint into an image file. Raises ImportError, OSError, ValueError."""
     from matplotlib.figure import Figure  # the one thing here that needs another library
 
     axes = Figure().add_subplot(xlabel="step", ylabel="loss (nats per character)")
-    axes.plot(progress["train_losses"], linewidth=0.5, label="train")
-    axes.plot(*zip(*progress["val_losses"]), marker="o", label="validation")
+    axes.plot(content["train_losses"], linewidth=0.5, label="train")
+    axes.plot(*zip(*content["val_losses"] or [(0, math.nan)]), marker="o", label="validation")
     axes.legend()
     axes.figure.savefig(path)
 
 
-# %% 11. The command line
+# %% 13. The command line
 # Wrong input is found before training starts, and answered in one line: `main` prints what is raised until
 # then. argparse by itself would print all flags first.
 class Parser(argparse.ArgumentParser):
@@ -944,158 +1053,253 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """The command line -> flags, config, and the checkpoint to start from or None. Raises ValueError."""
-    parser = Parser("gpt.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The command line -> flags, and those settings that were typed: name -> value. Raises ValueError."""
+    parser = Parser("gpt.py", allow_abbrev=False)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--size", choices=SIZES, default="tiny", help="start anew, with this size's defaults")
-    mode.add_argument("--resume", action="store_true", help="go on with the run in --out where it was saved")
+    mode.add_argument("--size", choices=SIZES, default="tiny", help="start anew, so large (default: tiny)")
+    mode.add_argument("--resume", action="store_true", help="go on with the run beside --out")
     mode.add_argument("--init-from", type=Path, help="fine-tune: start with the model in this file")
     mode.add_argument("--generate", action="store_true", help="don't train: write with the model in --out")
-    parser.add_argument("--data", type=Path, default="input.txt", help="the text to train on, in UTF-8")
-    parser.add_argument("--out", type=Path, default="gpt.pt", help="the file of the model")
-    parser.add_argument("--plot", type=Path, help="draw the loss into this image (needs matplotlib)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    parser.add_argument("--prompt", default="", help="the text to continue")
-    for row in fields(Config)[:-1]:  # all but vocab_size
-        options = {"action": argparse.BooleanOptionalAction} if row.type is bool else {"type": row.type}
-        parser.add_argument("--" + row.name.replace("_", "-"), default=row.default, **row.metadata, **options)
-    args = parser.parse_args(argv)
-    checkpoint = None
-    parser.set_defaults(**SIZES[args.size])
-    if args.resume or args.init_from or args.generate:
-        checkpoint, _ = read_checkpoint(args.init_from or args.out)
-        parser.set_defaults(data=checkpoint.get("data", "input.txt"), **checkpoint["config"])
-    if args.init_from:  # tiny's rate is 0.256 / its width; a quarter of that, lest the model forget
-        parser.set_defaults(steps=300, eval_every=60, lr=0.064 / checkpoint["config"]["n_embd"])
-    args = parser.parse_args(argv)  # once more: what is typed beats these defaults
-    config = Config(**{row.name: getattr(args, row.name, row.default) for row in fields(Config)})
-    return args, config, checkpoint
+    parser.add_argument("--data", type=Path, help="the text to train on, in UTF-8 (default: input.txt)")
+    parser.add_argument("--out", type=Path, default="gpt.pt", help="the file of the model (default: gpt.pt)")
+    parser.add_argument("--plot", type=Path, help="draw the losses into this image (needs matplotlib)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    parser.add_argument("--prompt", default="", nargs="?", help="the text to continue")
+    parser.add_argument("--length", type=int, default=500, help="characters to write (default: 500)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="of the k likeliest; 0: of all (default: 0)")
+    for row in [row for row in fields(Config) if row.metadata]:
+        kind = {"action": argparse.BooleanOptionalAction} if row.type is bool else {"type": row.type}
+        kind["help"] = f"{row.metadata['help']} (default: {row.default})"
+        parser.add_argument("--" + row.name.replace("_", "-"), default=argparse.SUPPRESS, **kind)
+    args, rest = parser.parse_known_args(argv)
+    if args.prompt is None:
+        raise ValueError("--prompt needs a text; one that begins with - is written --prompt=-TEXT")
+    if rest:
+        raise ValueError(f"unknown: {' '.join(rest)}")
+    if not (args.length >= 1 and args.temperature >= 0 and args.top_k >= 0):
+        raise ValueError("--length must be 1 or more, --temperature and --top-k 0 or more")
+    args.prompt = io.StringIO(args.prompt, newline=None).read()  # line ends as in texts
+    return args, {row.name: getattr(args, row.name) for row in fields(Config) if hasattr(args, row.name)}
 
 
-MAY_BE_0 = ("warmup", "final_lr", "weight_decay", "beta2", "dropout", "seed", "temperature", "top_k")
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+def say(text):
+    """Print a line. Whoever read it may have gone, as in `python gpt.py | head`: that does not end a run."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def check(args, config, checkpoint):
-    """Raise ValueError for the first thing that is wrong with what was typed."""
-    for name, value in vars(config).items():
-        if type(value) in (int, float) and not (value > 0 or (value == 0 and name in MAY_BE_0)):
-            raise ValueError(f"--{name.replace('_', '-')} can't be {value}")
-    training = not args.generate
-    changed = [name for name in SHAPE if checkpoint and checkpoint["config"][name] != getattr(config, name)]
-    for wrong, message in [
-        (max(config.warmup, config.final_lr) > 1, "--warmup and --final-lr are shares, from 0 to 1"),
-        (max(config.dropout, config.beta2) >= 1, "--dropout and --beta2 must be less than 1"),
-        (config.n_embd % config.n_head, f"--n-head {config.n_head} does not divide --n-embd {config.n_embd}"),
-        (config.seed > 10**12, "--seed can't be more than 10**12"),
-        (config.dtype not in ("auto", "float32", "bfloat16"), f"--dtype can't be {config.dtype}"),
-        (config.batch_size % WORLD_SIZE, f"--batch-size must be a multiple of the {WORLD_SIZE} processes"),
-        (changed, f"a trained model keeps its shape: {', '.join(changed)} can't be changed"),
-        (args.resume and "step" not in checkpoint, f"this run has ended; --init-from {args.out} trains on"),
-        (training and args.out.suffix != ".pt", f"--out {args.out} must end in .pt"),
-        (training and not os.access(args.out.parent, os.W_OK), f"can't write {args.out} in that folder"),
-    ]:
-        if wrong:
-            raise ValueError(message)
+# Two files, one rule: a run that has not ended never displaces a finished model. While it goes on, all that
+# it takes to go on is in gpt.run.pt, saved every minute, at each evaluation and at Ctrl-C. So Ctrl-C, a crash
+# and a power cut are one case: `--resume` goes on from the last save and ends (on a CPU, to the bit) like a
+# run that was left alone. At the end its best model becomes gpt.pt, and gpt.run.pt goes.
+class Run:
+    """A run of training, from what was typed to the finished model. `content` is what its file keeps."""
 
+    def __init__(self, args, typed):
+        """Finds all that can be wrong with what was typed. Raises OSError, ValueError, ImportError."""
+        self.out, self.plot, self.asked = Path(os.path.realpath(args.out)), args.plot, False
+        self.file = self.out.with_suffix(".run.pt")
+        if args.out.suffix != ".pt" or self.out.stem.endswith(".run") or self.out.is_dir():
+            raise ValueError(f"--out {args.out} must be a file that ends in .pt, and not in .run.pt")
+        if args.resume and not self.file.exists():
+            raise ValueError(f"no {self.file.name}, no run to go on with; --init-from trains a model on")
+        # The settings: a size's or a checkpoint's, then those of fine-tuning, and above all what was typed.
+        settings, begin = SIZES[args.size], self.file if args.resume else args.init_from
+        if begin:
+            begun, self.tokenizer, content = read_checkpoint(begin)
+            settings = content["config"]
+        if args.init_from:  # a quarter of the usual rate, lest the model forget
+            settings = settings | dict(steps=300, eval_every=60, lr=0.064 / settings["n_embd"])
+        config = Config(**settings | typed)
+        changed = begin and [r.name for r in fields(Config) if r.metadata.get("fixed") and r.name in typed]
+        self.content = content if args.resume else dict(train_losses=[], val_losses=[], run=dict(step=0))
+        run = self.content["run"]
+        # The text.
+        self.data = args.data or find_text(Path(run.get("data", "input.txt")))
+        text = read_text(self.data)
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.tokenizer = self.tokenizer if begin else CharTokenizer.from_text(text)
+        self.tokenizer.encode(args.prompt)  # raises if there are characters that the model does not know
+        self.tokens = self.tokenizer.encode(text)
+        self.training, self.validation = split(self.tokens)
+        self.device = pick_device(args.device)
+        done, few = run["step"], len(self.validation) <= config.block_size
+        for wrong, message in [
+            (changed, f"a trained model keeps its shape: {changed} can't be given"),
+            ("steps" in typed and config.steps <= done, f"--steps {config.steps}: {done} are done already"),
+            (config.batch_size % WORLD_SIZE, f"--batch-size must be a multiple of {WORLD_SIZE} processes"),
+            (run.get("sha256", self.sha256) != self.sha256, f"{self.data} is not the text of {self.file}"),
+            (few, f"{self.data} is too short: a tenth of it must be longer than --block-size"),
+            (config.compile and self.device.type == "mps", "--compile can't be trusted on mps: leave it out"),
+        ]:
+            if wrong:
+                raise ValueError(message)
+        passes = config.steps * config.batch_size * config.block_size / len(self.training)
+        if passes > 100 and "eval_every" not in typed:  # it will soon know the text by heart
+            config.eval_every = min(config.eval_every, -(-config.steps // 10))
+        # The model.
+        self.model = GPT(replace(config, vocab_size=self.tokenizer.vocab_size))
+        if begin:
+            self.model.load_state_dict(run["weights"] if args.resume else begun.state_dict())
+        elif config.head_start and config.n_embd >= 8:
+            head_start(self.model)
+        self.model.to(self.device)
+        self.best = begun.state_dict() if self.content["val_losses"] else self.model.state_dict()
+        write(self.file, None)
+        if self.plot:
+            draw(self.plot, self.content)
 
-def build(args, config, checkpoint):
-    """What a run needs: model, tokenizer, tokens (N,), progress (see `save`). Raises OSError, ValueError."""
-    text = "" if args.generate else read_text(args.data)
-    tokenizer = CharTokenizer(checkpoint["characters"]) if checkpoint else CharTokenizer.from_text(text)
-    tokens = tokenizer.encode(text)
-    tokenizer.encode(args.prompt)  # raises if there are characters that the model does not know
-    if not args.generate and len(split(tokens)[1]) <= config.block_size:
-        raise ValueError(f"{args.data} is too short: a tenth of it must be longer than --block-size")
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    progress = checkpoint if args.resume else dict(step=0, train_losses=[], val_losses=[], sha256=sha256)
-    if progress["sha256"] != sha256:
-        raise ValueError(f"{args.data} is not the text that the run in {args.out} began with")
-    model = GPT(replace(config, vocab_size=tokenizer.vocab_size))
-    if checkpoint:
-        weights = checkpoint["model"] if args.resume else checkpoint.get("best", checkpoint["model"])
-        model.load_state_dict(weights)
-    elif config.head_start and config.n_embd >= 8:
-        head_start(model)
-    model.to(pick_device(args.device))
-    progress["data"] = str(args.data.resolve())
-    if args.plot and RANK == 0:
-        draw(args.plot, progress)  # raises without matplotlib, or if it can't draw such a file
-    return model, tokenizer, tokens, progress
+    def interrupt(self, *_):
+        """What Ctrl-C does: the step may end, so that what is saved is whole. A second one does not wait."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
+    def save(self, step, optimizer):
+        """Keep what it takes to go on. Exits if that fails."""
+        done, run = self.content["run"]["step"], dict(step=step, weights=self.model.state_dict())
+        run |= dict(optimizer=optimizer.state_dict(), data=str(self.data.resolve()), sha256=self.sha256)
+        try:
+            if not done and self.file.exists():
+                say(f"The unfinished run that was in {self.file} is kept as {self.file}.old.")
+                write(f"{self.file}.old", self.file.read_bytes())
+            content = self.content | dict(model=self.best, run=run)
+            write(self.file, pack(self.model, self.tokenizer, content))
+            self.content = content
+        except OSError as error:
+            kept = f"Step {done} is in {self.file}: make room, then --resume" if done else "Nothing is kept"
+            sys.exit(f"gpt.py: can't save ({error}). {kept}.")
 
-def run(args, model, tokenizer, tokens, progress):
-    """Train as the flags say. In the end, model and file have the weights with the lowest validation loss."""
-    config, device, start = model.config, model.wte.weight.device, progress["step"]
-    training, validation = (part.to(device) for part in split(tokens))
-    print(f"{args.data}: {len(tokens):,} characters, {config.vocab_size:,} different ones. Baselines:")
-    for name, loss in baselines(training, validation, config.vocab_size).items():
-        print(f"    {name} {loss:.2f} nats per character")
-    print(f"The model has {sum(p.numel() for p in model.parameters()):,} parameters and is on {device}.")
-    optimizer = make_optimizer(model, config)
-    if args.resume:  # its state is as it was saved, its settings are those of the flags
-        optimizer.load_state_dict(progress["optimizer"])
-        for group, settings in zip(optimizer.param_groups, make_optimizer(model, config).param_groups):
-            group.update(settings)
-    started = last_save = time.monotonic()
-    network = speed_up(model, device)  # another way to compute with the model's own parameters
-    for step, loss, val_loss in train(network, optimizer, config, training, validation, start):
-        if not math.isfinite(loss + (val_loss or 0)):
-            sys.exit(f"gpt.py: the loss is not a finite number at step {step}: start again with a lower --lr")
-        progress["train_losses"].append(loss)
-        now = time.monotonic()
-        if val_loss is not None or step % 100 == 0:
-            train_loss = sum(progress["train_losses"][-20:]) / min(step, 20)  # one batch may be odd
-            left = (now - started) / (step - start) * (config.steps - step)
-            line = f"step {step:,} of {config.steps:,}  train loss {train_loss:.3f}  {left:.0f} seconds left"
-            print(line, flush=True)
-        if val_loss is not None:
-            progress["val_losses"].append([step, val_loss])
-            if val_loss == min(value for _, value in progress["val_losses"]):
-                progress["best"] = {name: weight.clone() for name, weight in model.state_dict().items()}
-            sample = "".join(generate(model, tokenizer, length=120)).replace("\n", "\n    | ")
-            print(f"    val loss {val_loss:.4f}; it now writes:\n    | {sample}", flush=True)
-            if args.plot and RANK == 0:
-                draw(args.plot, progress)
-        if val_loss is not None or (progress["val_losses"] and now - last_save > 60):
-            state = {"step": step, "optimizer": optimizer.state_dict()}
-            save(args.out, model, tokenizer, progress | state, keep_old=progress["step"] == 0)
-            progress["step"], last_save = step, now  # only now is there something to resume
-    if WORLD_SIZE > 1:
-        torch.distributed.destroy_process_group()
-    model.load_state_dict(progress["best"])
-    save(args.out, model, tokenizer, {name: progress[name] for name in ("train_losses", "val_losses")})
-    best = min(value for _, value in progress["val_losses"])
-    print(f"The model with the lowest validation loss, {best:.4f}, is in {args.out}. It writes:\n")
+    def train(self):
+        """Train to the end; then the file --out has the best model. After Ctrl-C, only `self.model` has it."""
+        model, config, start = self.model, self.model.config, self.content["run"]["step"]
+        train_losses, val_losses = self.content["train_losses"], self.content["val_losses"]
+        counted = counting(self.training[-2_000_000:], self.validation, config.vocab_size)
+        losses = ", ".join(f"{loss:.2f}" for loss in counted)
+        characters, parameters = len(self.tokens), sum(p.numel() for p in model.parameters())
+        say(f"{self.data}: {characters:,} characters, {config.vocab_size:,} different ones.")
+        say(f"Validation loss of counting what follows 0 to {len(counted) - 1} characters: {losses}.")
+        say(f"The model has {parameters:,} parameters and is on {self.device}.")
+        training, validation = self.training.to(self.device), self.validation.to(self.device)
+        optimizer = make_optimizer(model, config)
+        if start:  # the optimizer's state is as it was saved, its settings are those of the flags
+            groups = [dict(group) for group in optimizer.param_groups]
+            optimizer.load_state_dict(self.content["run"]["optimizer"])
+            for group, settings in zip(optimizer.param_groups, groups):
+                group.update(settings)
+        batch, _ = get_batch(training, config.batch_size // WORLD_SIZE, config.block_size)
+        network = speed_up(model, batch)  # another way to compute with the model's own parameters
+        started, saved, recent = time.monotonic(), time.monotonic(), []
+        for step, loss, val_loss in train(network, optimizer, config, training, validation, start):
+            recent.append(loss)  # not looked at yet, since a GPU would have to stop for that
+            now, due = time.monotonic(), val_loss is not None or self.asked
+            if not (due or now - saved > 60 or step % 100 == 0):
+                continue
+            # One number that is not finite makes the sum of all not finite.
+            everything = sum(recent) + sum(parameter.detach().sum() for parameter in model.parameters())
+            if not math.isfinite(everything.item() + (val_loss or 0)):
+                sys.exit(f"gpt.py: at step {step} the loss is not a finite number: start with a lower --lr")
+            train_losses += torch.stack(recent).tolist()
+            recent.clear()
+            if val_loss is not None or step % 100 == 0:
+                left = (now - started) / (step - start) * (config.steps - step)
+                left = f"{left:.0f} seconds" if left < 7200 else f"{left / 3600:.1f} hours"
+                train_loss = sum(train_losses[-20:]) / min(step, 20)  # one batch may be odd
+                say(f"step {step:,} of {config.steps:,}  train loss {train_loss:.3f}  {left} left")
+            if val_loss is not None:
+                val_losses.append([step, val_loss])
+                if val_loss == min(loss for _, loss in val_losses):
+                    self.best = {name: weight.clone() for name, weight in model.state_dict().items()}
+                sample = "".join(generate(model, self.tokenizer, length=120)).replace("\n", "\n    | ")
+                say(f"    val loss {val_loss:.4f}; it now writes:\n    | {sample}")
+            if (due or now - saved > 60) and RANK == 0:  # of several processes only the first writes
+                self.save(step, optimizer)
+                saved = now
+                if self.plot:
+                    draw(self.plot, self.content)
+            if self.asked:
+                break
+        model.load_state_dict(self.best)
+        if self.asked or RANK > 0:
+            return
+        # The best model becomes the file --out, and an earlier one is kept with .old behind its name. If that
+        # is this very model, then this run was killed before, when it had all but ended.
+        losses = dict(train_losses=train_losses, val_losses=val_losses)
+        content = pack(model, self.tokenizer, losses)
+        if self.out.exists() and self.out.read_bytes() != content:
+            say(f"The earlier {self.out.name} is kept as {self.out.name}.old.")
+            write(f"{self.out}.old", self.out.read_bytes())
+        write(self.out, content)
+        self.file.unlink(missing_ok=True)
+        best = min(loss for _, loss in val_losses)
+        say(f"The model with the lowest validation loss, {best:.4f}, is in {self.out.name}.")
+        say(f"Counting gets {min(counted):.4f}. It writes:\n")
 
 
 def main(argv=None):
     """Train, unless told not to; then write. Returns model and tokenizer, for the next cell of a notebook."""
     if RANK > 0:  # of several processes only the first speaks
         sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack characters that the text has
+        sys.stdout.reconfigure(errors="replace")
     try:
-        args, config, checkpoint = parse(argv)
-        check(args, config, checkpoint)
-        model, tokenizer, tokens, progress = build(args, config, checkpoint)
+        args, typed = parse(argv)
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if WORLD_SIZE > 1 and missing:
+            raise ValueError(f"WORLD_SIZE is {WORLD_SIZE}, but there is no {' '.join(missing)}: use torchrun")
+        if args.generate:
+            if args.data or typed.keys() - {"seed"}:
+                raise ValueError("--generate only writes: leave out --data and the settings of training")
+            model, tokenizer, content = read_checkpoint(args.out)
+            model.to(pick_device(args.device))
+            tokenizer.encode(args.prompt)
+            if args.plot:
+                draw(args.plot, content)
+        else:
+            run = Run(args, typed)
+            model, tokenizer = run.model, run.tokenizer
     except (OSError, ValueError, ImportError) as error:
-        if RANK == 0 or "--device" in str(error):  # each process has a device of its own
-            print("gpt.py:", " ".join(str(error).split()), file=sys.stderr)
+        print("gpt.py:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     try:
         if not args.generate:
-            run(args, model, tokenizer, tokens, progress)
+            if WORLD_SIZE > 1:
+                if run.device.type == "cuda":
+                    torch.cuda.set_device(run.device)  # else each takes memory of the first GPU, too
+                torch.distributed.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
+            with contextlib.suppress(ValueError):  # only the main thread can say what Ctrl-C does
+                signal.signal(signal.SIGINT, run.interrupt)
+            run.train()
+            with contextlib.suppress(ValueError):
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            if WORLD_SIZE > 1:
+                torch.distributed.destroy_process_group()
+            if run.asked:
+                raise KeyboardInterrupt
         print(args.prompt, end="")
-        for character in generate(model, tokenizer, args.prompt):
+        how = (args.length, args.temperature, args.top_k, typed.get("seed", Config.seed))
+        for character in generate(model, tokenizer, args.prompt, *how):
             print(character, end="", flush=sys.stdout.isatty())
         print(flush=True)
     except KeyboardInterrupt:
-        resumable = 0 < progress["step"] < model.config.steps
-        print(f"\nStopped. To go on: python gpt.py --resume --out {args.out}" if resumable else "\nStopped.")
-        sys.exit(130)
+        say("\nStopped.")
+        if not args.generate and run.file.exists():
+            model.load_state_dict(run.best)
+            say("To go on, or to write with the best weights so far:")
+            for flags in (["--resume", "--out", str(args.out)], ["--generate", "--out", str(run.file)]):
+                line = shlex.join([sys.executable, sys.argv[0], *flags])
+                say(f"    {line if argv is None else f'main({flags})'}")
+        if argv is None:
+            sys.exit(130)
     except BrokenPipeError:  # whoever read this has gone, as in `python gpt.py --generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return model, tokenizer
 
 
 if __name__ == "__main__":
-    model, tokenizer = main([] if "kernel_launcher" in sys.argv[0] else None)  # Jupyter has its own argv
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # In a notebook, sys.argv holds the notebook's own flags.
+    model, tokenizer = main([] if "ipykernel" in sys.modules else None)
