@@ -4,13 +4,13 @@
 # ///
 """
 A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained from scratch on Shakespeare's
-plays, with PyTorch alone, on a laptop. Its claim: given the parts of a GPT and a fixed time, how a model is
-trained matters more than how many parts it has or how wide they are. The *loss* says how badly a model
-guesses the next character: lower is better. A typical tutorial's model reaches 1.90; one half as large,
-trained our way for the same time, 1.68; and one a quarter as large equals the tutorial's in a thirteenth of
-the time.
+plays, with PyTorch alone, on a laptop. Its claim: for a small model on a laptop, how it is trained matters
+more than what newer parts it has, how many and how wide. The *loss* says how badly a model guesses the next
+character: lower is better. By the settings that nanoGPT, the best known code of this kind, gives for a laptop
+it comes to 1.90 in a minute and a half; half as large and trained our way for as long, to 1.68. What is newer
+in today's models than in GPT-2's design gains a fifth of that.
 
-It begins as random numbers. After a minute and a half of training it continues "HAMLET:" like this:
+It begins knowing no word. After a minute and a half of training it continues "HAMLET:" like this:
 
     HAMLET:
     So man the enemy and rolous heaven
@@ -28,14 +28,15 @@ It needs Python and `pip install torch`; in Jupyter or Colab, paste the file int
 about the input.txt that comes with it, ten plays; where there is none, another text is fetched.
 
     The lesson     0 settings   1 text to numbers   2 attention   3 the MLP   4 the block   5 the model
-                   6 batches    7 training          8 writing     9 the recipe
-    The program    10 files and devices             11 the command line
+                   6 batches    7 training          8 writing     9 the recipe             10 after training
+    For later     11 the head start
+    The program   12 files and devices             13 the command line
 
 Read on at section 1. You need Python, and no idea of neural networks. Lines that begin with >>> are examples
 with their results; test_gpt.py runs them. PyTorch computes with *tensors*, tables of numbers with any number
-of dimensions; -1 means the last of them. `.item()` turns a tensor into a Python number, and `.long()` gives
-the 64-bit integers that PyTorch wants in places. A comment such as `# (B, T) -> (B, T, C)` gives the shapes
-of a line's tensors, before and after:
+of dimensions; with two dimensions one is a *matrix*, with a single one a *vector*. -1 means the last of them.
+`.item()` turns a tensor into a Python number, `.long()` gives the 64-bit integers that PyTorch wants in
+places. A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
 
     B  batch: how many pieces of text go through the model at once, each on its own
     T  time: how many characters each piece has, at most block_size
@@ -122,9 +123,23 @@ SIZES = {  # for --size: how each differs from the defaults above
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, steps=20_000),
 }
 
-# Several processes can share a run (section 12). On a laptop there is one.
+# Several processes can share a run (section 12). On a laptop there is one, and the two functions do nothing.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # this process's number, from 0
+
+
+def share(batch):
+    """This process's part of a batch, and random numbers of its own for what follows."""
+    if RANK > 0:
+        torch.manual_seed(torch.initial_seed() + RANK)
+    return [part[RANK::WORLD_SIZE] for part in batch]
+
+
+def add_up(numbers):
+    """The sum of these numbers over all processes."""
+    if WORLD_SIZE > 1:
+        torch.distributed.all_reduce(numbers)
+    return numbers
 
 
 # %% 1. Text to numbers
@@ -137,10 +152,12 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # this process's
 # character's place in that list is its *token*. For "to be or not to be" the list is ' benort': a space is 0,
 # b is 1, and "not" becomes 3, 4, 6.
 #
-# GPT-2 has 50,257 pieces of words for tokens (Sennrich et al., 2016). In a text of a megabyte most of them
-# would occur rarely or never, and from a single sight little can be learned: of the 13,338 different words in
-# our plays, 6,080 occur only once. And each token costs parameters, a row of numbers of its own (section 5):
-# in our default model, pieces would take 6.4 million, fifteen times as many as the whole model now has.
+# GPT-2 has 50,257 pieces of words for tokens, made by joining the most frequent pair of neighbours again and
+# again (*byte-pair encoding*: Sennrich et al., 2016). In a text of a megabyte most of them would occur rarely
+# or never, and from a single sight little can be learned: of the 13,338 different words in our plays, 6,080
+# occur only once. And each token costs parameters, a row of numbers of its own (section 5): our table of them
+# has 65 rows of 128, 8,320 numbers; with GPT-2's pieces it would have 6.4 million, fifteen times as many as
+# the whole model now has.
 class CharTokenizer:
     """Turns text into tokens and back.
 
@@ -186,59 +203,44 @@ def split(tokens):
 
 
 # The model's one task is to guess the next character from those before it. It gives each character a
-# probability p, and pays for the one that really comes: -ln p, its *loss*. Certain and right costs 0; the
-# less it believed in what came, the more it pays. The mean over a text is the *cross-entropy* (after Shannon,
-# 1948), in *nats* for each character.
+# probability p, and pays for the one that really comes: -ln p, its *loss*. (Why a logarithm? The probability
+# of a text is the product of those of its characters; their logarithms can be added.) The less it believed in
+# what came, the more it pays:
+#     p       1     0.5    0.1    0.01
+#     loss    0     0.69   2.30   4.61
+# The mean over a text is the *cross-entropy* (after Shannon, 1948), in *nats* for each character. One nat is
+# 1.44 bits, and e to the power of the loss says between how many equally likely characters the model
+# hesitates. An even guess among our 65 costs ln 65 = 4.17; tiny will end near 1.68, or 2.42 bits, as if it
+# hesitated among 5 or 6. (No model gets to 0, since no text can be foreseen; and where tokens are pieces of
+# words, losses must be taken per character to be compared.)
 #
-# e to the power of the loss says between how many equally likely characters the model hesitates. An even
-# guess among our 65 costs ln 65 = 4.17. Tiny will end near 1.68, as if it hesitated among 5 or 6.
+# What can be had without any network? Count, in the training part, what follows each character, or each group
+# of two, three, four; let the longer group speak where it has been seen, and shorter ones fill in
+# (`counting`, section 12). That guesses the validation part with these losses. (Known: how many of the groups
+# in it, with the character to be guessed, occur in the training part.)
+#     characters before     0      1      2      3      4      5      6      7      9
+#     loss               3.37   2.53   2.12   1.78   1.65   1.60   1.60   1.60   1.62
+#     known              100%   100%    97%    93%    87%    77%    64%    50%    26%
+# After a q comes u: to know one character is worth 0.84. But the longer the group, the more often it is new,
+# and a longer memory than six gains nothing.
 #
-# What can be had without any network? These are our *baselines*, with their losses on the validation part:
-#     uniform    an even guess                                                    4.17
-#     unigram    how often each character occurs: e is cheap, q is costly         3.37
-#     bigram     how often each pair occurs: after q comes u                      2.53
-def counting(training, validation, vocab_size, longest=6):
-    """Validation losses of guessing by counts after 0, 1, ... `longest` tokens, in nats. (N,), (M,) -> list
-
-    Interpolated Kneser-Ney smoothing (Kneser and Ney, 1995), in the form of Teh (2006).
-    """
-    tokens = torch.cat([training, validation]).long()  # (N + M,)
-    everywhere = torch.arange(len(training))  # (N,) the places that are counted
-    context, p, losses = torch.zeros_like(tokens), torch.full((len(tokens),), 1 / vocab_size).double(), []
-
-    def one_of_each(numbers):  # a place of each different number
-        place = torch.full((len(tokens),), -1)
-        place[numbers] = torch.arange(len(numbers))
-        return place[place >= 0]
-
-    def guess(places, context, pair, p):  # counts at these places, and p by the shorter context
-        times, came = (torch.bincount(x[places], minlength=len(tokens))[x] for x in (pair, context))
-        first = places[one_of_each(pair[places])]  # one place for each kind of pair
-        kinds = torch.bincount(context[first], minlength=len(tokens))[context]
-        return ((times - 0.75).clamp(min=0) + (0.75 * kinds + 1) * p) / (came + 1)
-
-    for length in range(longest + 1):
-        pair = (context * vocab_size + tokens).unique(return_inverse=True)[1]  # (N + M,) context and token
-        if length:
-            p = guess(one_of_each(pair[everywhere]), *shorter, p)  # noqa: F821
-        losses.append(-guess(everywhere, context, pair, p)[len(training) :].log().mean().item())
-        shorter = context, pair  # noqa: F841
-        context = torch.cat([context[:1], pair[:-1]])  # what stands before the next token: one more
-    return losses
+# So 1.60 is the line to beat, and it takes two seconds. It is hard to beat: the small models of two
+# well-known tutorials come to 1.90 and 1.87, and tiny to 1.68. Only `small`, after twenty minutes, gets to
+# 1.55. A network can also learn what groups have in common. That takes longer, and goes further.
 
 
 # %% 2. Attention
-# A *position* is one place in the text, with what the model has noted there: a *vector*, a row of C numbers.
-# At first it says only which character stands there, and where (section 5); each layer adds to it. To guess
-# the next character, the model has to look back, and where to look depends on the text. After a q, the last
-# character is enough. Inside a name, the name's beginning matters. *Attention* (Vaswani et al., 2017) lets
-# each position choose for itself.
+# A *position* is one of the T places of a piece of text, with what the model has noted there: a vector of C
+# numbers. At first it says only which character stands there, and where (section 5); each layer adds to it.
+# To guess the next character, the model has to look back, and where to look depends on the text. After a q,
+# the last character is enough. Inside a name, the name's beginning matters. *Attention* (Bahdanau et al.,
+# 2015; in this form, Vaswani et al., 2017) lets each position choose for itself.
 #
 # It is made of *linear layers*, the plainest part of a network. The *dot product* of two vectors multiplies
 # them number by number and adds up: it is large where they agree and are long. Each number that a linear
 # layer gives out is the dot product of what comes in with a row of *weights*, plus a *bias*: with weights 2
-# and -1 and a bias of 3, the input (5, 4) gives 2 * 5 - 1 * 4 + 3 = 9. Weights and biases are parameters:
-# nobody programs them.
+# and -1 and a bias of 3, the input (5, 4) gives 2 * 5 - 1 * 4 + 3 = 9. All rows together are the layer's
+# weight matrix. Weights and biases are parameters: nobody programs them.
 #
 # From each position's vector, linear layers make three more, and training finds out what is useful in them:
 #     query   what this position is looking for
@@ -252,14 +254,8 @@ def counting(training, validation, vocab_size, longest=6):
 #
 # In training the whole text lies open, and all positions guess their next characters at once. So none may
 # look ahead: it would read its answer. The *causal mask* sets the scores of later positions to minus
-# infinity, and so their attention weights to 0.
-#
-# What if a part is left out? We tried it, on the default model, `tiny`, with a short run of 500 *steps*: in
-# each, all parameters move a little. With all parts its validation loss is 1.87 (and 1.68 in the end, after
-# 2,900 steps). Two runs that differ only in their random numbers lie some 0.01 apart.
-#
-# Without the mask, training looks like a triumph: 0.03 instead of 1.87. But what the model then writes is
-# nonsense, for when it writes there is nothing ahead to read.
+# infinity, and so their attention weights to 0. Without the mask, training looks like a triumph, with a loss
+# of 0.03. But what the model then writes is nonsense, for when it writes there is nothing ahead to read.
 def attention_by_hand(query, key, value):
     """Causal attention over T positions, step by step: (T, head_size) three times -> (T, head_size).
 
@@ -293,8 +289,32 @@ def attention_by_hand(query, key, value):
 
 # One look is not enough: it helps to watch the last letter and the speaker's name at the same time. So there
 # are several *heads*, each with a slice of query, key and value to itself, head_size = C / n_head numbers
-# wide. With a single head the loss is 2.07 instead of 1.87 (in a whole run, 1.78 instead of 1.68); without
-# attention 2.54, no better than bigram.
+# wide. Here are tiny's eight after training, with a text that it has never seen. Where do they look from the
+# last character, the t of "delight"? (A line's end is written /.) Under the characters stand their attention
+# weights, in tenths; weights below a tenth are left out:
+#     OLIVIA:/How say you to that, Malvolio?//MALVOLIO:/I marvel your ladyship takes delight
+#                                                                                         9   block 1, head 1
+#                                                                                        9    block 1, head 2
+#                                                                                       9     block 1, head 3
+#                                                                                      8      block 1, head 4
+#                                              8                                              block 2, head 1
+# The first block's four heads look one, two, three and four characters back. (They began like that, section
+# 11, and training kept it.) In the second block one looks, across 44 characters, at a letter in the name of
+# the speaker: nobody told it that there are speakers, nor had it ever met a Malvolio. The other three spread
+# their looks, and what for we do not know.
+#
+# All heads are computed at once, in one tensor. `view` cuts a dimension into pieces, `permute` reorders
+# dimensions: here two positions with two heads of two numbers each become two heads of two positions.
+# >>> x = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])  # (T, C): one row for each position
+# >>> x.view(2, 2, 2)[1]  # (T, n_head, head_size): the second position, cut in two
+# tensor([[5, 6],
+#         [7, 8]])
+# >>> x.view(2, 2, 2).permute(1, 0, 2)[0]  # (n_head, T, head_size): the first head, at both positions
+# tensor([[1, 2],
+#         [5, 6]])
+#
+# Try: `is_causal=False` in Attention; the program finds out, and refuses. Take out its check in `speed_up`,
+# too (`if sees_ahead`), run `python gpt.py --steps 500`, and look at the loss, then at the text.
 #
 # In PyTorch a layer is an `nn.Module`, an object with parameters, and `layer(x)` runs its `forward`.
 class Attention(nn.Module):
@@ -303,18 +323,17 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # One linear layer makes query, key and value. (The names are those in GPT-2's own files.)
+        # One linear layer makes queries, keys and values. (The names are those in GPT-2's own files.)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         # A head's result fills only its own slice of the channels. The *output projection* mixes the slices,
-        # so that what one head has found can reach every channel. Without: 1.95 instead of 1.87.
+        # so that what one head has found can reach every channel.
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)  # explained in section 3
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        # `view` cuts the last dimension into pieces: in tiny, (8, 128, 384) becomes (8, 128, 3, 4, 32).
-        # `permute` reorders dimensions: first the 3, to be taken apart as q, k and v; then the heads, so that
-        # each has a table of scores to itself.
+        # In tiny, (8, 128, 384) becomes (8, 128, 3, 4, 32). Then the 3 comes first, to be taken apart as q, k
+        # and v, and the heads come before the positions, so that each has a table of scores to itself.
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, n_head, head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
         if cache is not None:  # only for writing; skip it until section 8
@@ -330,21 +349,24 @@ class Attention(nn.Module):
 
 
 # %% 3. The MLP
-# Attention moves information between positions, but all it can do is take means. The *MLP*, short for
-# multi-layer perceptron (Rosenblatt, 1961), is where each position draws conclusions from what it has
+# Attention moves information between positions, but it can only mix what the others offer. The *MLP*, short
+# for multi-layer perceptron (Rosenblatt, 1961), is where each position draws conclusions from what it has
 # gathered: "a q was last, and this is no name" can become "so a u". It is a linear layer to four times the
 # width, an activation, and a linear layer back.
 #
 # The *activation* is a curve that each number is sent through. Without it the two linear layers would be one,
-# since a weighted sum of weighted sums is again a weighted sum; the loss is then 2.13 instead of 1.87. The
-# simplest is ReLU, max(0, x), at 1.88. GPT-2 uses *GELU* (Hendrycks and Gimpel, 2016), a ReLU with its corner
-# rounded: where ReLU is flat, a small change changes nothing and training gets no hint; a smooth curve nearly
-# always gives one. Four times the width is a convention.
+# since a weighted sum of weighted sums is again a weighted sum. The simplest is ReLU, max(0, x). GPT-2 uses
+# *GELU* (Hendrycks and Gimpel, 2016), a ReLU with its corner rounded: where ReLU is flat, a small change
+# changes nothing and training gets no hint; a smooth curve nearly always gives one.
+#
+# Why wider inside? Each of the inner numbers is one question to the position ("was a q last?") and, in the
+# second layer, what follows from a yes. There are more questions worth asking than there are channels. Four
+# times the width is a convention; with twice the width and longer training instead, tiny ends as low.
 #
 # *Dropout* (Srivastava et al., 2014) sets a random share of a layer's outputs to 0, in training only, and
 # enlarges the rest so that sums stay as large. No part can then rely on a few others, so a text is harder to
 # learn by heart. Learning is slower, too, so it pays only where a model sees a small text many times, as
-# small and medium do. Tiny has none; a dropout of 0.1 costs it 0.07.
+# small and medium do. Tiny has none.
 class MLP(nn.Module):
     """Two linear layers with an activation between them, at each position alone. (B, T, C) -> (B, T, C)"""
 
@@ -360,25 +382,30 @@ class MLP(nn.Module):
 
 
 # %% 4. The block
-# A *block* is one round of "look around, then think", and a stack of them a *transformer*, the T in GPT.
+# A *block* is one round of "look around, then think", and a stack of them a *transformer*, the T in GPT (a
+# generative pre-trained transformer: one that writes, and is trained on text in advance).
 # Neither attention nor the MLP replaces the vectors. Both add to them:
 #     x ---+---------------------------> + ---+---------------------> + --->
 #          |                             ^    |                       ^
 #          +--> ln_1 ---> attention -----+    +--> ln_2 ---> MLP -----+
 #
-# The upper line is the *residual stream* (Elhage et al., 2021). Its parts that bypass a half, the `x +` of
-# the code, are *residual connections* (He et al., 2015). What a block does not touch passes on unchanged, so
-# a later block can build on what earlier ones found out; and in training the signal of what should change
-# (the gradient, section 7) runs back the same way, undistorted, to the lowest block. Without them, already
-# two blocks end at 2.40 instead of 1.87.
+# The upper line is the *residual stream* (Elhage et al., 2021). The two places where it passes attention and
+# MLP by, the `x +` of the code, are *residual connections* (He et al., 2015). What a block does not touch
+# passes on unchanged, so a later block can build on what earlier ones found out. And in training the word of
+# what should change (the gradient, section 7) runs back the same way, undistorted, to the lowest block.
 #
-# *Layer normalization* (Ba et al., 2016), ln_1 and ln_2, gives each vector mean 0 and standard deviation 1
-# (the typical distance from the mean). So a layer gets input of the same size, however much those before have
-# added; else attention scores would grow with the stream, until softmax is all or nothing. Then each channel
-# has a learned scale, at first 1, and a learned shift, at first 0. Without ln_1 and ln_2 the loss is 2.42
-# instead of 1.87.
+# *Layer normalization* (Ba et al., 2016), ln_1 and ln_2, gives each vector mean 0 and *standard deviation* 1
+# (the root of the mean squared distance from the mean). So a layer gets input of the same size, however much
+# those before have added; else attention scores would grow with the stream, until softmax is all or nothing.
+# Then each channel has a learned scale, at first 1, and a learned shift, at first 0.
 # >>> F.layer_norm(torch.tensor([1.0, 2.0, 3.0]), [3])
 # tensor([-1.2247,  0.0000,  1.2247])
+#
+# Why before the layer and not, as at first, after the sum? There it would rescale the stream itself, in every
+# block, and the undistorted way back would be gone: such models need a long, careful warm-up (Xiong et al.,
+# 2020). GPT-2 moved it to the front.
+#
+# Try: leave out `x +` in Block, twice, and run 500 steps.
 class Block(nn.Module):
     """Attention, then MLP, each normalized first and added to the stream. (B, T, C) -> (B, T, C)"""
 
@@ -396,28 +423,33 @@ class Block(nn.Module):
 
 # %% 5. The model
 # What is missing are the two ends. Going in, each token becomes a vector, its *embedding* (Bengio et al.,
-# 2003): row number `token` of a learned table. Attention knows no order, since a mean is the same in whatever
-# order. So a second table has a vector for each *position*, 0 to block_size - 1, and the two vectors are
-# added. Without positions, what came before is little more than a bag of letters: 2.40 instead of 1.87.
+# 2003): row number `token` of a learned table. Attention by itself hardly knows order, since a mean is the
+# same in whatever order (only the mask tells a little: the first position sees one character, the last all).
+# So a second table has a vector for each position, 0 to block_size - 1, and the two vectors are added.
 #
 # Coming out, the dot product of each vector with each row of the first table gives a number for each
 # character, its *logit*. The larger, the likelier: softmax turns logits into probabilities. To use one table
 # at both ends is *weight tying* (Press and Wolf, 2017): the vector that stands for a character going in is
 # what the output should resemble when that character comes next. With our 65 characters a table for each end
-# would do as well (1.86), but in the smallest GPT-2 the table is a third of all parameters, and a second
-# would add as many.
+# would do as well, but in the smallest GPT-2 the table is a third of all parameters, 39 of 124 million, and
+# a second would add as many.
+#
+# The table is learned like everything else. Here are some rows after training, each with the rows that point
+# most nearly the same way. Nobody told the model what a vowel is, or a capital:
+#     a:  e A o i u      e:  i a o y u      A:  U E O I R      K:  Q k & E Z      ?:  . ! ; ]      ,:  ; ! : ?
 #
 # The *initial weights* are random. Were they equal, all rows of a matrix would give out the same, be changed
 # alike, and stay alike forever.
 #
-# How large should they be? Each number that a linear layer gives out is a sum of C products (4 C smaller ones
-# in the MLP's second layer), and so grows with the root of C, as in section 2. Weights of a typical 1/sqrt(C)
-# cancel that: what comes out is about as large as what went in (LeCun et al., 1998). The token table gets the
-# same, since on the way out it is a layer's weights; the position table follows it.
+# How large should they be? Each number that a linear layer gives out is a sum of C products, and chance makes
+# it grow with the root of C, as in section 2. Random weights of standard deviation 1/sqrt(C) cancel that:
+# what comes out is about as large as what went in (LeCun et al., 1998). The tables get the same.
 #
-# This matters more than it seems. At tiny's width, 1 / sqrt(C) is 0.088. GPT-2 drew its weights at 0.02: not
-# so far off at its own widths, 768 to 1,600 (0.036 to 0.025), but at ours each layer would speak four times
-# too softly, and the first few hundred steps would go into making it louder. The loss is then 2.13, not 1.87.
+# This matters more than it seems. GPT-2 took 0.02 for all, which nearly suits its own widths, 768 to
+# 1,600 (0.036 to 0.025), but not ours, where 1 / sqrt(C) is 0.088. We looked at what comes of it: queries and
+# keys are a quarter as large, and their scores 0.05 where ours are 1. So softmax finds all positions alike,
+# and each head takes the mean of everything it sees. After 600 steps the loss is 2.32, with ours 2.03 (one
+# run).
 class GPT(nn.Module):
     """The whole model: tokens (B, T) -> logits (B, T, V), at each position for the token after it."""
 
@@ -435,7 +467,7 @@ class GPT(nn.Module):
             if parameter.dim() == 2:
                 # One exception, as in GPT-2: each block has two layers that write to the residual stream,
                 # both called c_proj. They start smaller, so that many blocks don't make the stream larger
-                # than few. Else 1.93 instead of 1.87.
+                # than few.
                 writers = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(parameter, std=1 / math.sqrt(config.n_embd * writers), generator=rng)
             elif name.endswith("bias"):
@@ -453,18 +485,17 @@ class GPT(nn.Module):
 
 
 # %% 6. Batches
-# Training shows the model *sequences*: pieces of text, each of block_size characters. At each of its places
-# the *target* is the next character, so a sequence of T characters asks T questions:
+# Training shows the model *sequences*: pieces of text, each of block_size characters. At each of its
+# positions the *target* is the next character, so a sequence of T characters asks T questions (_ is a space):
 #     inputs     t  o  _  b  e  ,  _  o
 #     targets    o  _  b  e  ,  _  o  r
 #
 # A *batch* of B sequences goes through together, since processors multiply one large matrix faster than many
-# small ones. A larger batch makes each step surer, but leaves fewer steps for the same amount of text: eight
-# times as large, in an eighth of the steps, it ends at 2.33 instead of 1.87.
+# small ones. A larger batch makes each step surer, but leaves fewer steps for the same amount of text.
 #
-# Sequences begin at random places, drawn anew each time; some passages come often and some never. Random, and
-# yet repeatable: a *seed* is a number from which a random number generator starts, and the same seed gives
-# the same numbers every time.
+# Sequences begin at random places of the text, drawn anew each time; some passages come often and some never.
+# Random, and yet repeatable: a *seed* is a number from which a random number generator starts, and the same
+# seed gives the same numbers every time.
 def get_batch(tokens, batch_size, block_size):
     """A random batch from tokens (N,): inputs and targets, (B, T) each.
 
@@ -479,15 +510,28 @@ def get_batch(tokens, batch_size, block_size):
 
 
 # %% 7. Training
-# A step of training takes one batch and asks of each parameter: were it a little larger, by how much would
-# the loss rise or fall? All these numbers together are the *gradient*. PyTorch works them out backwards, from
-# the loss through everything that led to it (Rumelhart et al., 1986). `loss.backward()` does that, and adds
-# each parameter's number to its `.grad`. Here a weight of 3, and a loss that wants it to be 1:
+# A *step* of training takes one batch and asks of each parameter: were it a little larger, by how much would
+# the loss rise or fall? All these numbers together are the *gradient*. How can one know that for 421,504
+# parameters at once? Work backwards, from the loss through everything that led to it (*back-
+# propagation*: Rumelhart et al., 1986). Here a weight of 3 goes through two steps:
+#     forward     weight 3  ->  x = 2 * weight = 6  ->  loss = (x - 4) ** 2 = 4
+#     backward    the loss rises 2 * (x - 4) = 4 times as fast as x, and x 2 times as fast as the weight:
+#                 so the loss rises 4 * 2 = 8 times as fast as the weight
+# That is the *chain rule*: the factors of the steps are multiplied, from the end to the beginning (and where
+# a number has gone two ways, what comes back on both is added). No step needs to know more than its own
+# factor and what has come back to it, so a formula of any length can be gone through backwards once, at about
+# twice the cost of going forwards. `loss.backward()` does that, and adds each parameter's number to `.grad`:
 # >>> weight = nn.Parameter(torch.tensor(3.0))
-# >>> loss = (weight - 1) ** 2
+# >>> loss = (2 * weight - 4) ** 2
 # >>> loss.backward()
-# >>> weight.grad  # at 3.001 the loss is 4.004 instead of 4: it rises four times as much as the weight
-# tensor(4.)
+# >>> weight.grad  # at 3.001 the loss is 4.008 instead of 4: it rises eight times as much as the weight
+# tensor(8.)
+#
+# So what does training cost? Going forward, each weight takes part in one multiplication and one addition for
+# each character, going backward in twice as many: 6 operations for each weight and character (Kaplan et al.,
+# 2020). For tiny that makes 7 trillion in all. Attention's scores come on top, for each character in
+# proportion to block_size. In memory, each parameter needs four numbers (itself, its gradient and the two
+# means below), and each layer its outputs, to go back through.
 #
 # The *optimizer* then moves each parameter a little the other way: guess, measure, move, again. Plain
 # *gradient descent* moves a weight w by its gradient g times a small number, the *learning rate*:
@@ -497,12 +541,12 @@ def get_batch(tokens, batch_size, block_size):
 # 0.001, no rate suits both. *AdamW* (Kingma and Ba, 2015; Loshchilov and Hutter, 2019) keeps two running
 # means for each weight, and moves it by the first, divided by the root of the second:
 #     m  <-  0.9 m + 0.1 g                     which way, over the last 10 steps or so
-#     v  <-  beta2 v + (1 - beta2) g * g       how large, whatever its sign, over the last 100 or so
-#     w  <-  w - lr * m / sqrt(v)
+#     s  <-  beta2 s + (1 - beta2) g * g       how large, whatever its sign, over the last 100 or so
+#     w  <-  w - lr * m / sqrt(s)
 #
-# If g is 5 in every step, m comes to 5 and v to 25, so m / sqrt(v) is 1; so it is if g is always 0.001. If g
+# If g is 5 in every step, m comes to 5 and s to 25, so m / sqrt(s) is 1; so it is if g is always 0.001. If g
 # changes its sign from step to step, m stays near 0, and the weight where it is. (Both means start at 0;
-# AdamW makes up for that in the first steps.) Gradient descent, at the best rate tried, ends at 1.95.
+# AdamW makes up for that in the first steps.)
 # >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
 # >>> weight.grad = torch.tensor([100.0, 0.001])
 # >>> torch.optim.AdamW([weight], lr=0.1, weight_decay=0).step()
@@ -510,8 +554,10 @@ def get_batch(tokens, batch_size, block_size):
 # tensor([0.9000, 0.9000])
 #
 # *Weight decay*, the W in AdamW, also shrinks each weight in every step, by lr * weight_decay of its size. A
-# weight that many examples need is soon pushed back up; one that serves to know a single place by heart is
-# not, and wears away. Only matrices decay: a normalization's scale, for one, is neutral at 1, not at 0.
+# weight that many examples need is soon pushed back up; one that serves to know a single passage by heart is
+# not, and wears away. (That is one account; another is that decay keeps steps large beside the weights.) Only
+# matrices decay, the two tables among them. A normalization's scale is neutral at 1, not at 0; and biases and
+# scales are a hundredth of all parameters, too few to know much by heart.
 def make_optimizer(model, config):
     """AdamW over all parameters of the model, with weight decay on the matrices alone."""
     matrices = dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=config.weight_decay)
@@ -527,12 +573,12 @@ def make_optimizer(model, config):
 #        0 |/______________'''--.
 #          0  290            2900  steps
 #
-# *Warm-up* (Goyal et al., 2017), the straight line: later on, batches that disagree make m small and steps
-# short, but after a single batch m / sqrt(v) is 1 or -1, and every weight would take a full step. *Cosine
-# decay* (Loshchilov and Hutter, 2017), half a cosine wave: large steps make the weights roughly right soon,
-# small ones settle them. A run that stays at the peak ends at 1.93 instead of 1.87. But warm-up, weight decay
-# and clipping (below) are insurance, for long runs of large models: leaving one out costs tiny 0.01 at most,
-# all three 0.03.
+# *Warm-up* (Goyal et al., 2017), the straight line, since first steps are blind: with a single batch behind
+# it, m / sqrt(s) is 1 or -1 for every weight, however little that batch has to say. *Cosine decay*
+# (Loshchilov and Hutter, 2017), half a cosine wave: large steps make the weights roughly right soon, small
+# ones settle them. Tiny needs only the fall; warm-up, weight decay and clipping (below) are insurance for
+# long runs of large models. Wider layers want smaller rates (Yang et al., 2022): we take 0.256 / n_embd for
+# everything.
 def learning_rate(step, config):
     """The learning rate of a step, counted from 0: a straight line up, half a cosine wave down.
 
@@ -550,9 +596,18 @@ def learning_rate(step, config):
 # How good is the model? The *validation loss* is the one number to judge by: the mean over the whole
 # validation part, cut into sequences. While it falls together with the training loss, the model is learning
 # the language. When the training loss goes on falling and this one turns and rises, it is learning its text
-# by heart: *overfitting*. A far larger model, of 10.8 million parameters, reads our training part 72 times.
-# After a quarter of its steps it is at 1.61, in the end at 2.21, while its training loss falls from 1.20 to
-# 0.63, despite dropout. More text helps; so does keeping the best weights.
+# by heart: *overfitting*. So it went with a far larger model, of 10.8 million parameters, that read our
+# training part 72 times, by nanoGPT's recipe for a GPU:
+#     4.2 |\
+#         | \                                  ..--''   validation loss
+#     1.6 |  '.__........-------''''''
+#         |    ''--..__
+#     0.6 |            ''''----........_________   training loss
+#         +----------------------------------------
+#         0         a quarter                 all steps
+# Dropout did not save it. More text helps; so does keeping the weights that were best. (Then the kept model's
+# loss flatters it a little, having been chosen by it.) A sequence's first characters have little before them
+# to go by: judged in sequences of 64 instead of 128, tiny is at 1.686 instead of 1.673.
 @torch.no_grad()  # nothing is learned here, so PyTorch need not remember how the loss came about
 def evaluate(model, config, tokens):
     """Mean loss in nats per token over tokens (N,), read once, in sequences of block_size."""
@@ -561,17 +616,10 @@ def evaluate(model, config, tokens):
     tokens = torch.cat([tokens, tokens.new_zeros(-n % (B * T))]).long()  # filled up to whole batches
     inputs, targets = tokens[:-1].view(-1, B, T), tokens[1:].view(-1, B, T)  # (batches, B, T)
     losses = torch.zeros(len(inputs), B * T, device=tokens.device)  # one for each target
-    for i in range(RANK, len(inputs), WORLD_SIZE):  # alone: every batch
+    for i in range(RANK, len(inputs), WORLD_SIZE):  # alone: each batch
         logits = model(inputs[i])  # (B, T) -> (B, T, V)
         losses[i] = F.cross_entropy(logits.flatten(0, 1), targets[i].flatten(), reduction="none")
     return add_up(losses).flatten()[:n].mean().item()  # what was filled up does not count
-
-
-def add_up(numbers):
-    """The sum of these numbers over all processes that share the run (section 12): alone, the numbers."""
-    if WORLD_SIZE > 1:
-        torch.distributed.all_reduce(numbers)
-    return numbers
 
 
 def train(model, optimizer, config, training, validation, start=0):
@@ -582,16 +630,13 @@ def train(model, optimizer, config, training, validation, start=0):
     for step in range(start, config.steps):
         model.train()  # dropout on
         # All randomness of a step, batch and dropout, comes from the seed and the step's number alone. So a
-        # run on a CPU can be repeated to the bit, and one that was stopped goes on as if it had not been.
-        # (1_000_003 keeps the steps of one seed apart from those of the next.)
+        # run can be repeated to the bit (on the same CPU and PyTorch), and one that was stopped goes on as if
+        # it had not been. (1_000_003 keeps the steps of one seed apart from those of the next.)
         torch.manual_seed(config.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
 
-        batch = get_batch(training, config.batch_size, config.block_size)
-        inputs, targets = (part[RANK::WORLD_SIZE] for part in batch)  # (B, T) each; alone, the whole batch
-        if RANK > 0:
-            torch.manual_seed((config.seed + RANK) * 1_000_003 + step)  # so that dropout differs
+        inputs, targets = share(get_batch(training, config.batch_size, config.block_size))  # (B, T) each
         logits = model(inputs)  # (B, T) -> (B, T, V)
         # Softmax, then the mean of -ln p of each target.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B * T, V), (B * T,) -> one number
@@ -607,12 +652,29 @@ def train(model, optimizer, config, training, validation, start=0):
         yield step + 1, add_up(loss.detach()) / WORLD_SIZE, val_loss
 
 
+# What does all this come to? This is how our model, as it learns, continues "HAMLET:" on a new line:
+#     step    loss
+#        0    4.75    EpzllaHYuczde:,LGyV-[RrzlW..agehy
+#      100    2.59    Ep:lYor thade paGe in anlou. neaeeitho house thit WoTist iu wissteriait mo
+#      500    1.95    What an the ene Give you surse a ming for age thy we with in with this make not.
+#     2900    1.67    Why man the enemy hither, bear a mine for answer.
+# At first it is a little worse than an even guess, 4.17: its random preferences mislead it. (A first loss far
+# above that would be the first sign of a mistake.) It learns which letters are common and how long words are,
+# then short words, then longer ones, and something like a sentence.
+#
+# Try: `python gpt.py --warmup 0 --final-lr 1 --steps 500`: neither warm-up nor decay.
+
+
 # %% 8. Writing
 # To write, the model guesses, we choose one character by its probabilities, add it to the text, and ask
-# again. *Temperature* (Ackley et al., 1985) divides the logits first. Below 1 the likely gets likelier:
-# careful and repetitive. Above 1 all become more even: bold, then nonsense. At 0 only the likeliest is left.
+# again. *Temperature* (Ackley et al., 1985) divides the logits first. Below 1 the likely gets likelier, above
+# 1 all become more even; at 0 only the likeliest is left. After "HAMLET:" tiny writes:
+#       0    I will not thee the may so much a strange of the strange of the strange of the strange
+#     0.5    So man the enemy and relight was it on me to the matter of the strength of natures of fairy
+#     0.8    So man the enemy and rolous heaven Wont of every we will in the terman. Then shimself,
+#     1.5    Sollow thee; Sweet-[Brolounded weiteons] The timb: Whispoic Jassice,-- Thy noe.
 # *Top-k* (Fan et al., 2018) strikes out all but the k likeliest: each of the others is rare, but together
-# they come up often and derail the text.
+# they come up often and derail the text. Try: `python gpt.py --generate --temperature 1.5 --top-k 5`.
 def probabilities(logits, temperature=1.0, top_k=0):
     """Logits (V,) -> the probabilities (V,) to choose by. top_k = 0 keeps all.
 
@@ -646,7 +708,7 @@ def probabilities(logits, temperature=1.0, top_k=0):
 # the rest through afresh, and go on; a text can be of any length.
 @torch.no_grad()
 def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, seed=1337):
-    """Continue the prompt: an iterator over characters, each as soon as it is made. `length` tokens in all."""
+    """Continue the prompt by `length` tokens: an iterator over characters, each as soon as it is made."""
     T, device = model.config.block_size, model.wte.weight.device
     rng = torch.Generator().manual_seed(seed)
     model.eval()  # dropout off
@@ -666,174 +728,88 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 
 # %% 9. The recipe
 # Back to the claim. The *architecture* is which parts a model has, how many of them, and how wide. The
-# *recipe* is the rest: how its weights begin, what it is shown and how it learns. We trained tiny by the
-# usual recipe first, as nanoGPT (Karpathy, 2022) has it for a CPU: weights drawn at 0.02, a rate that rises
-# to 1e-3 and falls to a tenth of it, weight decay 0.1, 2,000 steps of 12 sequences of 64 characters. Then we
-# changed one main thing per row and kept the changes above. Validation loss, mean of five runs:
-#                                                          loss   share of the way
-#     the usual recipe                                     1.904
-#     initial weights of 1 / sqrt(C)                       1.833         31%
-#     twice the learning rate, 2e-3                        1.780         23%
-#     the head start                                       1.728         23%
-#     reading nearly twice the characters: our default     1.677         22%
-#
+# *recipe* is the rest: how its weights begin, what it is shown and how it learns. We trained tiny first by
+# the recipe that nanoGPT (Karpathy, 2022) gives for a CPU: weights drawn at 0.02, a rate that rises to 1e-3
+# and falls to a tenth of it, weight decay 0.1, 2,000 steps of 12 sequences of 64 characters. Then we changed
+# one main thing per row and kept the changes above. Validation losses, means of five runs (what +- means will
+# be told below):
+#                                                           loss    lower by
+#     nanoGPT's recipe for a CPU                           1.904
+#     initial weights of 1 / sqrt(C)                       1.833    0.071 +- 0.004
+#     twice the learning rate, 2e-3                        1.780    0.052    0.002
+#     the head start                                       1.728    0.052    @HSSE
+#     reading nearly twice the characters: our default     1.677    0.051    0.007
 # The *head start* is about initial weights again: the first block's heads begin by looking at the last few
-# characters, one head at each (the end of this section tells how). So three quarters of the way are due to
-# how large the weights are, how far a step goes and where the heads look first: none of it costs any
-# computation. The rest is patience. (Our warm-up, fall to 0 and weight decay came in with the head start,
-# batches of 8 sequences of 128 with the last row. Each of these alone moved the loss by 0.007 at most.)
+# characters (section 11). It is a beginning made by hand, and you need not call it training; without it, our
+# default ends at @NHS. (Warm-up, fall to 0 and weight decay came in with the head start, batches of 8
+# sequences of 128 with the last row. Each of these alone moved the loss by 0.007 at most.) So at equal
+# reading the recipe is worth 0.18, and 0.12 of it is two numbers.
 #
-# And the architecture? To leave a part out is ruinous, as the table of parts below shows. But how many there
-# are, and how wide, matters less. Means of five runs, each with the computation of a default run:
-#     8 heads                       1.665        4 blocks of width 96    1.695
-#     an MLP of 2 C, not 4 C        1.681        8 blocks of width 64    1.698
-#     ReLU in place of GELU         1.687        1 block of width 192    1.714
-# All end within 0.04 of 1.677, while the recipe gained 0.18 before it read more. There are limits: a single
-# head, and so a single look back in its head start, is worse by 0.10.
+# And the architecture? Nearly every part of GPT-2 has been improved since. Each of these took its place in
+# our default run, with as many parameters and all else the same:
+#     a normalization without means or shifts (RMSNorm, 2019)               @RMS
+#     an MLP with a gate: one layer's outputs times another's (2020)        @SWI
+#     positions as rotations of queries and keys (RoPE, 2021)               @ROT
+#     the three together                                                    @THREE
+# That is @GAIN lower than ours; half and twice the rate did not help them. (They were made for larger models,
+# where they may be worth more. RoPE has its own form of the head start.) Newer than AdamW is the optimizer
+# Muon (2024), which is recipe: alone @MUON, with the three @ALL. All are in the README, to be put in. Nor
+# does it matter much how many and how wide: with the same computation, from one block of width 192 to eight
+# of 64, all end within 0.04 of ours.
 #
-# And the time? On two cores, a plain script of the usual recipe, with nanoGPT's own four blocks, is at 1.901
-# after 81 seconds; our tiny, with two, at 1.677 after 84. A single block equals the script in 6 seconds:
-#     python gpt.py --n-layer 1 --block-size 64 --lr 5e-3 --steps 800
-# It ends at 1.897. The same block, trained by the usual recipe, is at 2.270 after as many such steps, and at
-# 1.919 after the script's 2,000 steps, which take it a quarter of the script's time. So leaving out three
-# blocks saves three quarters of the time and costs only 0.02, and the recipe saves two thirds of the rest.
+# What does lose much is to leave a part out, here without a head start on either side (@NHS): without
+# positions @NOWPE, without normalization @NOLN, with a single head @ONEHEAD; without attention @NOATT, just
+# what counting gets after one character.
 #
-# Size helps as long as there is text enough. Our `small`, of 1.4 million parameters, ends at 1.548 (mean of
-# three) after 21 minutes. With eight times as many, `medium` is at best at 1.612, and nanoGPT's recipe for a
-# GPU, before it overfits, at 1.611: they are too large for this text, and there our recipe gains nothing.
+# And the time? On two cores, with everything that a run does before and after it trains:
+# @TIMETABLE
+# So leaving out three blocks saves most of the time, and the recipe two thirds of the rest. There are limits.
+# Counting beats all of these. And with 10.8 million parameters, on a GPU, the recipe gains nothing here:
+# nanoGPT's own for that size comes to 1.611 before it overfits, our `medium` to 1.612 (one run each). Our
+# `small`, of 1.4 million, ends lower than both, at 1.55.
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
 # it was 0.002, 0.006 and 0.013 higher. So run the same five seeds with and without a change, and compare the
 # mean difference, here 0.006 lower, with its *standard error*, the standard deviation of the five differences
-# divided by the root of 5, here 0.008. Within two standard errors it shows nothing.
+# divided by the root of 5, here 0.008 (above, the numbers behind +-). Five differences whose mean is less
+# than 2.8 standard errors may well be chance: don't believe them (Student, 1908).
 #
-# Nor do the exact numbers matter. A learning rate of 1.5e-3 or 3e-3, a third of the weight decay or twice as
-# much, beta2 from 0.98 to 0.999, a warm-up of 3 or 20% of the steps: each alone, by five runs judged on a
-# part of the training text that was kept for such trials, moved the loss by 0.004 at most. A good recipe is a
-# plateau, not a peak. But the usual rate is not on it.
+# Nor do the exact numbers matter: a learning rate of 1.5e-3 or 3e-3, a third of the weight decay or twice as
+# much, each moved the loss by 0.004 at most. A good recipe is a plateau, not a peak. (It was found on a part
+# of the training text; but we have looked at the validation part often since, and our figures flatter us a
+# bit.)
 #
-# *What is each part worth?* Tiny after 500 steps, without the part or with another in its place: the loss,
-# the difference and its standard error, from five seeds. So short a run exaggerates what helps a model to
-# start fast: the head start gains 0.41 here and 0.05 in a whole run, the initial weights 0.26 and 0.07.
-#     with all parts                                1.866
-#     without `self.attn`                           2.54   +0.672   0.005
-#     without ln_1 and ln_2                         2.42   +0.552   0.005
-#     without `wpe` in GPT.forward                  2.40   +0.535   0.006
-#     without `x +` in Block, twice                 2.40   +0.530   0.007
-#     batches of 64, an eighth of the steps         2.33   +0.469   0.010
-#     --no-head-start                               2.28   +0.414   0.012
-#     without F.gelu                                2.13   +0.265   0.006
-#     0.02 in place of 1 / sqrt(C)                  2.13   +0.260   0.014
-#     --n-head 1                                    2.07   +0.204   0.005
-#     without `self.c_proj` in Attention            1.95   +0.085   0.002
-#     gradient descent, --lr 1                      1.95   +0.080   0.003
-#     --final-lr 1                                  1.93   +0.068   0.006
-#     c_proj begun as large as the others           1.93   +0.060   0.003
-#     without warm-up, weight decay and clipping    1.90   +0.032   0.004
-#     scores not divided by sqrt(head_size)         1.89   +0.023   0.003
+# *The data* count, too. The validation part is nearly all one comedy. With 2,500 steps on everything, 1.14
+# million characters, tiny ends at 1.690; on the comedies alone, 0.44 million, at 1.718; on as much of the
+# tragedies, at 1.801. Text like the one you want is worth more than other text.
 #
-# *The data* count, too. The validation part is nearly all one comedy. Tiny, 2,500 steps, trained on parts of
-# the text, mean of five runs:
-#     the whole training part     1,140,000 characters    1.690
-#     the comedies in it            442,000               1.718
-#     half of each play             570,000               1.728
-#     as much of the tragedies      442,000               1.801
-# The comedies alone do no worse than half of everything: text like the one you want is worth far more than
-# other text. *Fine-tuning* goes on from there, and trains a finished model further on the kind of text
-# wanted. A model of eight of the plays is at 1.73 on unseen parts of the other two, and after 300 steps on
-# the rest of those two at 1.57 (one run). A new model is at 1.91 after 300, at 1.61 after 2,500.
-#
-# *How large a model for the time one has?* In the same time, a larger model takes fewer steps. A run costs
-# about 6ND operations, for N weights in the blocks (N as in the papers) and D characters read: each weight
-# takes part in a multiplication and an addition forward, and in twice as many backward (Kaplan et al., 2020).
-# At each of four costs we trained five shapes, from one block of width 64 to two of 192, with a learning rate
-# of 0.32 / C, for the wider the model, the smaller its best rate (Yang et al., 2022). The best of each, by
-# five seeds:
-#     operations      blocks x width    weights    steps    loss
-#     0.3 trillion       1 x  64         49,152      976    1.87
-#     0.9                1 x  64         49,152    2,929    1.79
-#     2.7                1 x  96        110,592    3,906    1.72
-#     8.0                2 x 128        393,216    3,295    1.67
-# Roughly, as a *scaling law*: twice the operations want 1.5 times the weights and 1.3 times the steps, and
-# lower the loss by 0.04. That is, if there is text enough: for medium and gpt2 a megabyte is too little.
-#
-# *From here to the models in the news.* You have now seen every main part of a language model. Theirs differ
-# from ours first of all in scale. GPT-2 (Radford et al., 2019) has this file's architecture with word pieces
-# instead of characters, 124 million to 1.5 billion parameters, and 40 gigabytes of text. Today's models keep
-# the plan and change parts: positions as rotations of queries and keys (Su et al., 2021), a simpler
-# normalization (Zhang and Sennrich, 2019), an MLP with a gate (Shazeer, 2020). Then comes *post-training*:
-# the finished model goes on learning from conversations and from people's preferences (Ouyang et al., 2022),
-# and so a continuer of texts becomes an assistant.
-#
-# *To read on*: "The annotated transformer" (Rush, 2018); GPT-2's paper; nanoGPT. Here the lesson ends. What
-# is left is how the head start is made, for a second reading, and then the program around it all.
-#
-# *The head start.* Every model of text must first discover that the last few characters matter most. Ours is
-# given it: the first block's first head begins by looking one character back, its second two, and so on. In
-# longer runs models without it nearly catch up.
-#     text           ... i s _ t h e _ q u [e]      what follows the e in brackets?
-#     heads look at                4 3 2 1          head 1 at the u, head 2 at the q, and so on
-#
-# It is hard to discover, because character and place share one vector: a query about the place also picks up
-# the character. So tokens begin in the first three quarters of the channels, positions in the last, and the
-# first block's queries and keys read only positions, its values only tokens.
-#
-# Positions begin as waves: C / 8 of them, of different lengths, each given by its sine and cosine. If one
-# were four places long, it would begin:
-#     place             0        1        2        3        4
-#     sine, cosine     0, 1     1, 0     0, -1   -1, 0     0, 1
-# The dot product of place 0 with itself is 1, with place 1 it is 0, with place 2 it is -1, and with place 4
-# it is 1 again. Added up over many waves, only that of a place with itself stays large. So a query that holds
-# the waves of a place finds that place. (C / 2 places on, all waves agree again: tiny's head 1 also looks 65
-# back, and training sorts that out.)
-#
-# To look two places back, the query of place 7 must be like the key of place 5. `shift` moves waves along: it
-# turns those of place 5, by 2 places, into those of place 7. Shift two rows alike, and their dot product
-# stays the same. So what the key weights make of place 5, the same weights shifted by 2 make of place 7, as
-# the example shows. Head 2's query weights begin like that, as its key weights shifted by 2: the query of 7
-# nearly equals the key of 5, and the dot product of two equal vectors is large.
-def shift(waves, angles):
-    """Move each wave along by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
-
-    >>> pace = torch.tensor([0.1, 0.5])  # two waves: their angles from one place to the next
-    >>> angles = torch.arange(10)[:, None] * pace  # (10, 1) * (2,) -> (10, 2)
-    >>> waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (10, 4) of ten places
-    >>> key_row = torch.tensor([0.3, -0.5, 0.8, 0.1])
-    >>> torch.allclose(waves[7] @ shift(key_row, 2 * pace), waves[5] @ key_row)
-    True
-    """
-    sin, cos = waves.chunk(2, dim=-1)  # (..., n) each
-    c, s = angles.cos(), angles.sin()
-    return torch.cat([sin * c + cos * s, cos * c - sin * s], dim=-1)
-
-
-@torch.no_grad()
-def head_start(model):
-    """Let head d of a new model's first block begin by looking d characters back. Changes initial weights.
-
-    GPT(config) is plain GPT-2, without it: call this before training, as `build` does.
-    """
-    C, T, n_head = model.config.n_embd, model.config.block_size, model.config.n_head
-    n = C // 8  # waves
-    where = C - 2 * n  # channels from here on are for the position, those before for the character
-    pace = math.pi * (torch.arange(n) + 0.5) / n  # (n,) by what angle a wave moves on from place to place
-    angles = torch.arange(T)[:, None] * pace  # (T, 1) * (n,) -> (T, n)
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, 2 n)
-    model.wpe.weight[:, :where] = 0
-    model.wpe.weight[:, where:] = waves / math.sqrt(n)  # so that a row has length 1, like a token's
-    model.wte.weight[:, where:] = 0
-    model.wte.weight *= math.sqrt(C / where)  # rows as long as before
-    # In a layer's weights, each row makes one number, each column reads one channel.
-    queries, keys, values = model.h[0].attn.c_attn.weight.split(C)  # (C, C) each: parts, no copies
-    queries[:, :where] = keys[:, :where] = 0
-    values[:, where:] = 0
-    keys *= 3  # and so the queries, made from them below: scores 9 times as large, softmax nearly certain
-    for d, (query, key) in enumerate(zip(queries.chunk(n_head), keys.chunk(n_head)), start=1):
-        query[:, where:] = shift(key[:, where:], d * pace)  # (head_size, 2 n)
+# *How large a model for the time one has?* In the same time, a larger model takes fewer steps. Of five
+# shapes, the best for an eighth of tiny's computation was one block of width 64; for a third, one of 96; for
+# all of it, two of 128. So with more time, take both a larger model and more steps (Hoffmann et al., 2022),
+# as long as there is text enough.
 
 
 # %% 10. After training
+# The model is finished. It continues texts, and how well is all that its loss has ever asked. What if one
+# wants something else from it? Then it learns on, in one of two ways.
+#
+# *Fine-tuning* trains it further on the kind of text wanted. A model of eight of our plays is at @FTB on
+# unseen parts of the other two, and after 300 more steps, on the rest of those two, at @FTA. A new model,
+# trained on those two alone, is at @FTN after 300 steps. What it learned from eight plays serves for others.
+#
+# But often nobody has the texts that are wanted; one only knows a good one when one sees it. A *reward* is a
+# function that gives a text a number. *Reinforcement learning*: let the model write, and make likelier what
+# earned more than the average, unlikelier what earned less. We have a loss that makes a text likelier: -ln p
+# of its characters, as ever. Each text is now the model's own, and its loss is multiplied by its *advantage*:
+# how far its reward lies above the mean of the batch, in standard deviations. On average, a step on that loss
+# raises the mean reward (*policy gradient*: Williams, 1992): the gradient of p is p times the gradient of ln
+# p, and writing draws texts with just these p.
+#
+# The model will do anything for its reward, at any cost to all else. So it is kept on a *leash*: the loss
+# also has a term for how far its probabilities have moved from those it had before, the *KL divergence*
+# (Kullback and Leibler, 1951): ln p - ln q for each character it might write next, where p is its probability
+# now and q the one before, weighted by p.
 @torch.no_grad()
 def write_batch(model, contexts, length):
     """Continue many contexts at once, by the model's own probabilities: (B, T) -> (B, T + length)."""
@@ -846,10 +822,10 @@ def write_batch(model, contexts, length):
 
 
 def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32, lr=1e-4, seed=1337):
-    """Make texts of high reward likelier. Yields after each step: mean reward, KL divergence in nats per token.
+    """Make texts of high reward likelier. Yields after each step: mean reward, KL divergence in nats.
 
     tokens (N,): prompts come from here. reward: text -> a number. kl: how strongly the model is held to what
-    it was before. Policy gradient (Williams, 1992), with the divergence as in Ouyang et al. (2022).
+    it was before. Policy gradient (Williams, 1992), with the divergence in the loss.
     """
     before = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -875,6 +851,124 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         yield rewards.mean().item(), divergence.item()
+
+
+# Let us reward kindness: the share of written words that are kind ones, such as love, sweet, gentle, friend;
+# thirty of them (after Ziegler et al., 2019). The README has the cell; it takes two minutes. What comes of
+# it, mean of five runs, with beginnings from the validation part:
+#                     kind words   val loss   after "HAMLET:"
+#     before             @K0       1.673     Why man the enemy hither, bear a mine for answer.
+#     kl = 1             @K1
+#     kl = 0.3           @K2
+#     kl = 0.1           @K3
+#     kl = 0             @K4
+# You get what you reward. We meant kind texts, and rewarded kind words: without a leash the model finds out
+# the difference (*reward hacking*) and forgets how to speak, as the loss shows. No temperature that we tried
+# does this: at 0.8 @T8 of the words are kind, at 0.5 @T5. @STOPS
+#
+# Try: another reward, any function of a text, such as its share of question marks.
+#
+# *From here to the models in the news.* You have now seen every main part of GPT-2, and how a model comes
+# about: *pre-training* on text, then *post-training* on what one wants. What is different in the models that
+# people talk about?
+#
+# *Scale.* GPT-2 has this file's architecture with word pieces, 124 million to 1.5 billion parameters, and 40
+# gigabytes of text (Radford et al., 2019). GPT-3 had 175 billion and read 300 billion tokens (Brown et al.,
+# 2020). Each tenfold of size, text or computation lowers the loss by a factor of its own, which stays about
+# the same over as much as seven orders of magnitude (Kaplan et al., 2020); and as computation grows, model
+# and text should grow alike (Hoffmann et al., 2022). And abilities come that nobody trained: shown a few
+# examples in its context, GPT-3 translates and adds.
+#
+# *Parts.* Today's open models keep the plan, with what the tables of section 9 list: rotations, RMSNorm, an
+# MLP with a gate (Touvron et al., 2023); heads that share keys and values, so that the cache stays small
+# (Ainslie et al., 2023); often many MLPs, of which each token uses one or a few (Fedus et al., 2022).
+#
+# *Data.* It is filtered, and what comes twice is taken out: a model trained on such text emits passages by
+# heart ten times less often (Lee et al., 2022).
+#
+# *From a continuer of texts to one that answers.* First fine-tuning: people write requests with good answers,
+# and the model goes on learning on those, so that what follows a request is an answer. Then a reward: people
+# compare answers, a second model learns to predict which they prefer, and its prediction is the reward, with
+# a leash like yours (Ouyang et al., 2022). Raters preferred the answers of such a model of 1.3 billion
+# parameters to those of GPT-3 with its 175 billion. Pull too hard at such a reward, and a better judge finds
+# the answers worse while the reward still rises (Gao et al., 2023): you have seen why. Where an answer can be
+# checked, as in mathematics, the check itself is the reward, and models learn to write long trains of thought
+# before they answer (DeepSeek-AI, 2025). The last two are the loop that you have read: write, judge, make
+# likelier.
+#
+# *What is not understood.* Why the loss falls so regularly. What most heads and channels do: some have been
+# read, such as the pairs of heads that find where the last characters stood before and copy what followed
+# (Olsson et al., 2022). And how to reward what one means, rather than what one can count.
+#
+# *To read on*: "Let's build GPT" (Karpathy, 2023), a lecture; "The annotated transformer" (Rush, 2018);
+# nanoGPT; and of the papers Radford et al., Ouyang et al. and DeepSeek-AI, which read most easily. Here the
+# lesson ends. What is left is how the head start is made, and then the program around it all.
+
+
+# %% 11. The head start
+# For a second reading. Every model of text must first discover that the last few characters matter most. Ours
+# is given it: before any training, head d of the first block looks at the character d positions back, and at
+# the one C / 2 further back, 64 in tiny; training soon tells the two apart. The attention weights of the four
+# heads, from the t of "delight" in section 2:
+#     with a head start       0.50 at 1 back    0.30 at 2    0.34 at 3    0.70 at 4, the rest 64 further back
+#     without                 none of them above 0.09
+#
+# It is hard to discover, because character and position share one vector: a query about the position also
+# picks up the character. So tokens begin in the first three quarters of the channels, positions in the last,
+# and the first block's queries and keys read only positions, its values only tokens.
+#
+# Positions begin as waves: C / 8 of them, of different lengths, each given by its sine and cosine. Two waves,
+# four and eight positions long, would begin:
+#     position                 0          1            2            3            4
+#     4 long                 0, 1       1, 0         0, -1       -1, 0         0, 1
+#     8 long                 0, 1      0.7, 0.7      1, 0        0.7, -0.7     0, -1
+#     dot product with 0       2         0.7          -1          -0.7          0
+# Each position agrees best with itself; with C / 8 waves, hardly with any other until C / 2 further on. So a
+# query that holds the waves of a position finds that position.
+#
+# To look two positions back, the query of position 7 must be like the key of position 5. `shift` moves waves
+# along: it turns those of position 5, by 2, into those of position 7. Shift two rows alike, and their dot
+# product stays the same. So head 2's query weights begin as its key weights shifted by 2: what they make of
+# position 7 is what the key weights make of position 5, as the example shows.
+def shift(waves, angles):
+    """Move each wave along by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
+
+    >>> pace = torch.tensor([0.1, 0.5])  # two waves: their angles from one place to the next
+    >>> angles = torch.arange(10)[:, None] * pace  # (10, 1) * (2,) -> (10, 2)
+    >>> waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (10, 4) of ten places
+    >>> key_row = torch.tensor([0.3, -0.5, 0.8, 0.1])
+    >>> torch.allclose(waves[7] @ shift(key_row, 2 * pace), waves[5] @ key_row)
+    True
+    """
+    sin, cos = waves.chunk(2, dim=-1)  # (..., n) each
+    return torch.cat(
+        [sin * angles.cos() + cos * angles.sin(), cos * angles.cos() - sin * angles.sin()], dim=-1
+    )
+
+
+@torch.no_grad()
+def head_start(model):
+    """Let head d of a new model's first block begin by looking d characters back. Changes initial weights.
+
+    GPT(config) is plain GPT-2, without it: call this before training, as `Run` does.
+    """
+    C, T, n_head = model.config.n_embd, model.config.block_size, model.config.n_head
+    n = C // 8  # waves
+    where = C - 2 * n  # channels from here on are for the position, those before for the character
+    pace = math.pi * (torch.arange(n) + 0.5) / n  # (n,) by what angle a wave moves on from place to place
+    angles = torch.arange(T)[:, None] * pace  # (T, 1) * (n,) -> (T, n)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (T, 2 n)
+    model.wpe.weight[:, :where] = 0
+    model.wpe.weight[:, where:] = waves / math.sqrt(n)  # so that a row has length 1, like a token's
+    model.wte.weight[:, where:] = 0
+    model.wte.weight *= math.sqrt(C / where)  # rows as long as before
+    # In a layer's weights, each row makes one number, each column reads one channel.
+    queries, keys, values = model.h[0].attn.c_attn.weight.split(C)  # (C, C) each: parts, no copies
+    queries[:, :where] = keys[:, :where] = 0
+    values[:, where:] = 0
+    keys *= 3  # and so the queries, made from them below: scores 9 times as large, softmax sharper
+    for d, (query, key) in enumerate(zip(queries.chunk(n_head), keys.chunk(n_head)), start=1):
+        query[:, where:] = shift(key[:, where:], d * pace)  # (head_size, 2 n)
 
 
 # %% 12. Files and devices
@@ -952,7 +1046,7 @@ def read_checkpoint(path):
         model.load_state_dict(content["model"])
         return model, CharTokenizer(content["vocabulary"]), content
     except Exception as error:  # there are many ways not to be a checkpoint
-        reason = f"no whole checkpoint of this gpt.py in {path}: train one, or name another ({error!s:.120})"
+        reason = f"no whole checkpoint of this gpt.py in {path}: train one, or name another ({error!r:.120})"
         raise ValueError(reason) from None
 
 
@@ -960,6 +1054,40 @@ def load(path="gpt.pt", device="cpu"):
     """The model and the tokenizer in a file, ready to write. Raises ValueError."""
     model, tokenizer, _ = read_checkpoint(path)
     return model.to(device).eval(), tokenizer
+
+
+# What is to be beaten (section 1): counting, done well. *Smoothing* takes 0.75 from each count and hands that
+# out as the shorter group advises. And it asks the shorter group something new (Kneser and Ney, 1995): not
+# how often a token follows it, but in how many different longer groups.
+def counting(training, validation, vocab_size, longest=6):
+    """Validation losses of guessing by counts after 0, 1, ... `longest` tokens, in nats. (N,), (M,) -> list
+
+    Interpolated Kneser-Ney smoothing (Chen and Goodman, 1998), in the form of Teh (2006) with strength 1.
+    """
+    tokens = torch.cat([training, validation]).long()  # (N + M,)
+    everywhere = torch.arange(len(training))  # (N,) the places that are counted
+    p, losses, shorter = torch.full((len(tokens),), 1 / vocab_size).double(), [], None
+    context = torch.zeros_like(tokens)  # a number for what stands before each token: as yet, for nothing
+
+    def one_of_each(numbers):  # a place of each different number
+        place = torch.full((len(tokens),), -1)
+        place[numbers] = torch.arange(len(numbers))
+        return place[place >= 0]
+
+    def guess(places, context, pair, p):  # counts at these places, and p by the shorter context
+        times, came = (torch.bincount(x[places], minlength=len(tokens))[x] for x in (pair, context))
+        first = places[one_of_each(pair[places])]  # one place for each kind of pair
+        kinds = torch.bincount(context[first], minlength=len(tokens))[context]
+        return ((times - 0.75).clamp(min=0) + (0.75 * kinds + 1) * p) / (came + 1)
+
+    for length in range(longest + 1):
+        pair = (context * vocab_size + tokens).unique(return_inverse=True)[1]  # (N + M,) context and token
+        if shorter:
+            p = guess(one_of_each(pair[everywhere]), *shorter, p)
+        losses.append(-guess(everywhere, context, pair, p)[len(training) :].log().mean().item())
+        shorter = context, pair
+        context = torch.cat([context[:1], pair[:-1]])  # what stands before the next token: one more
+    return losses
 
 
 # PyTorch computes on the *device* where the tensors are: the CPU, NVIDIA's cuda or Apple's mps.
@@ -973,7 +1101,7 @@ def pick_device(name):
     try:
         return torch.zeros(1, device=name).add(1).device  # compute: this PyTorch may not know so old a GPU
     except Exception as error:
-        if auto and not isinstance(error, torch.OutOfMemoryError):
+        if auto and WORLD_SIZE == 1 and not isinstance(error, torch.OutOfMemoryError):
             print(f"{name} can't be used, so this runs on the CPU ({error!s:.120})")
             return torch.device("cpu")
         raise ValueError(f"--device {name} can't be used ({error!s:.120}): auto, cpu, cuda or mps?") from None
@@ -981,9 +1109,9 @@ def pick_device(name):
 
 # A float32 is exact to 24 bits, more than most products need. A *bfloat16* covers the same range but is exact
 # to 8, and GPUs from 2020 on multiply such numbers many times faster. In *mixed precision* (Micikevicius et
-# al., 2018) linear layers and attention compute with 16-bit copies; weights and optimizer stay in float32. On
-# an NVIDIA H200 a step of gpt2 takes 0.120 seconds in float32, 0.021 in mixed precision, and 0.018 with
-# --compile as well.
+# al., 2018) linear layers and attention compute with 16-bit copies; weights and optimizer stay in float32,
+# since a step that moves a weight by less than one part in 256 would be rounded away. On an NVIDIA H200 a
+# step of gpt2 takes 0.120 seconds in float32, 0.021 in mixed precision, and 0.018 with --compile as well.
 class BFloat16(nn.Sequential):  # layers in sequence; here one, the model
     """The same model, computing in 16 bits where that is safe: tokens (B, T) -> logits (B, T, V)."""
 
@@ -995,11 +1123,13 @@ class BFloat16(nn.Sequential):  # layers in sequence; here one, the model
 @torch.no_grad()
 def sees_ahead(network, tokens):
     """Whether logits of earlier positions move with the last of the tokens (B, T). They must not."""
-    changed = torch.cat([tokens[:, :-1], tokens[:, :1]], dim=1)
     network.eval()
+    logits = network(tokens)  # (B, T, V)
+    other = (tokens[:, -1:] + 1) % logits.size(-1)
+    moved = (network(torch.cat([tokens[:, :-1], other], dim=1)) - logits)[:, :-1].abs()
     # The same numbers, added in the same order, give the same result. But some devices add in an order of
     # their own and round by some millionths differently each time: hence not 0.
-    return (network(tokens) - network(changed))[:, :-1].abs().max().item() > 1e-4
+    return (moved > 1e-4).any().item()
 
 
 # *Data parallelism* (in PyTorch: Li et al., 2020), as in `torchrun --nproc_per_node 2 gpt.py`: each process
@@ -1100,7 +1230,11 @@ class Run:
 
     def __init__(self, args, typed):
         """Finds all that can be wrong with what was typed. Raises OSError, ValueError, ImportError."""
-        self.out, self.plot, self.asked = Path(os.path.realpath(args.out)), args.plot, False
+        self.out, self.plot, self.asked = (
+            Path(os.path.realpath(args.out)),
+            args.plot if RANK == 0 else None,
+            False,
+        )
         self.file = self.out.with_suffix(".run.pt")
         if args.out.suffix != ".pt" or self.out.stem.endswith(".run") or self.out.is_dir():
             raise ValueError(f"--out {args.out} must be a file that ends in .pt, and not in .run.pt")
@@ -1111,6 +1245,8 @@ class Run:
         if begin:
             begun, self.tokenizer, content = read_checkpoint(begin)
             settings = content["config"]
+        if args.resume and "run" not in content:
+            raise ValueError(f"{self.file} is a finished model, no run: --init-from trains it on")
         if args.init_from:  # a quarter of the usual rate, lest the model forget
             settings = settings | dict(steps=300, eval_every=60, lr=0.064 / settings["n_embd"])
         config = Config(**settings | typed)
@@ -1159,29 +1295,26 @@ class Run:
         self.asked = True
 
     def save(self, step, optimizer):
-        """Keep what it takes to go on. Exits if that fails."""
-        done, run = self.content["run"]["step"], dict(step=step, weights=self.model.state_dict())
-        run |= dict(optimizer=optimizer.state_dict(), data=str(self.data.resolve()), sha256=self.sha256)
-        try:
-            if not done and self.file.exists():
-                say(f"The unfinished run that was in {self.file} is kept as {self.file}.old.")
-                write(f"{self.file}.old", self.file.read_bytes())
-            content = self.content | dict(model=self.best, run=run)
-            write(self.file, pack(self.model, self.tokenizer, content))
-            self.content = content
-        except OSError as error:
-            kept = f"Step {done} is in {self.file}: make room, then --resume" if done else "Nothing is kept"
-            sys.exit(f"gpt.py: can't save ({error}). {kept}.")
+        """Keep what it takes to go on. Raises OSError."""
+        run = dict(step=step, weights=self.model.state_dict(), optimizer=optimizer.state_dict())
+        run |= dict(data=str(self.data.resolve()), sha256=self.sha256)
+        if not self.content["run"]["step"] and self.file.exists():
+            say(f"The unfinished run that was in {self.file} is kept as {self.file}.old.")
+            write(f"{self.file}.old", self.file.read_bytes())
+        content = self.content | dict(model=self.best, run=run)
+        write(self.file, pack(self.model, self.tokenizer, content))
+        self.content = content
 
     def train(self):
-        """Train to the end; then the file --out has the best model. After Ctrl-C, only `self.model` has it."""
+        """Train to the end: then the file --out has the best model. Raises KeyboardInterrupt, OSError."""
         model, config, start = self.model, self.model.config, self.content["run"]["step"]
         train_losses, val_losses = self.content["train_losses"], self.content["val_losses"]
-        counted = counting(self.training[-2_000_000:], self.validation, config.vocab_size)
+        part = self.training[-2_000_000:]  # more would take too long
+        counted = counting(part, self.validation, config.vocab_size)
         losses = ", ".join(f"{loss:.2f}" for loss in counted)
         characters, parameters = len(self.tokens), sum(p.numel() for p in model.parameters())
         say(f"{self.data}: {characters:,} characters, {config.vocab_size:,} different ones.")
-        say(f"Validation loss of counting what follows 0 to {len(counted) - 1} characters: {losses}.")
+        say(f"Validation losses of counting, in {len(part):,} of these, what follows 0, 1, 2, ...: {losses}.")
         say(f"The model has {parameters:,} parameters and is on {self.device}.")
         training, validation = self.training.to(self.device), self.validation.to(self.device)
         optimizer = make_optimizer(model, config)
@@ -1195,8 +1328,9 @@ class Run:
         started, saved, recent = time.monotonic(), time.monotonic(), []
         for step, loss, val_loss in train(network, optimizer, config, training, validation, start):
             recent.append(loss)  # not looked at yet, since a GPU would have to stop for that
-            now, due = time.monotonic(), val_loss is not None or self.asked
-            if not (due or now - saved > 60 or step % 100 == 0):
+            now, asked = time.monotonic(), self.asked
+            due = val_loss is not None or asked or now - saved > 60
+            if not (due or step % 100 == 0):
                 continue
             # One number that is not finite makes the sum of all not finite.
             everything = sum(recent) + sum(parameter.detach().sum() for parameter in model.parameters())
@@ -1215,15 +1349,16 @@ class Run:
                     self.best = {name: weight.clone() for name, weight in model.state_dict().items()}
                 sample = "".join(generate(model, self.tokenizer, length=120)).replace("\n", "\n    | ")
                 say(f"    val loss {val_loss:.4f}; it now writes:\n    | {sample}")
-            if (due or now - saved > 60) and RANK == 0:  # of several processes only the first writes
+            if due and RANK == 0:  # of several processes only the first writes
                 self.save(step, optimizer)
-                saved = now
                 if self.plot:
                     draw(self.plot, self.content)
-            if self.asked:
-                break
+            if asked:
+                raise KeyboardInterrupt
+            if due:
+                saved = now
         model.load_state_dict(self.best)
-        if self.asked or RANK > 0:
+        if RANK > 0:
             return
         # The best model becomes the file --out, and an earlier one is kept with .old behind its name. If that
         # is this very model, then this run was killed before, when it had all but ended.
@@ -1256,6 +1391,8 @@ def main(argv=None):
             model, tokenizer, content = read_checkpoint(args.out)
             model.to(pick_device(args.device))
             tokenizer.encode(args.prompt)
+            if args.plot and not content.get("val_losses"):
+                raise ValueError(f"{args.out} has no losses to draw")
             if args.plot:
                 draw(args.plot, content)
         else:
@@ -1272,13 +1409,13 @@ def main(argv=None):
                 torch.distributed.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
             with contextlib.suppress(ValueError):  # only the main thread can say what Ctrl-C does
                 signal.signal(signal.SIGINT, run.interrupt)
-            run.train()
-            with contextlib.suppress(ValueError):
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                run.train()
+            finally:
+                with contextlib.suppress(ValueError):
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
             if WORLD_SIZE > 1:
                 torch.distributed.destroy_process_group()
-            if run.asked:
-                raise KeyboardInterrupt
         print(args.prompt, end="")
         how = (args.length, args.temperature, args.top_k, typed.get("seed", Config.seed))
         for character in generate(model, tokenizer, args.prompt, *how):
@@ -1286,7 +1423,7 @@ def main(argv=None):
         print(flush=True)
     except KeyboardInterrupt:
         say("\nStopped.")
-        if not args.generate and run.file.exists():
+        if not args.generate and run.content["run"]["step"]:
             model.load_state_dict(run.best)
             say("To go on, or to write with the best weights so far:")
             for flags in (["--resume", "--out", str(args.out)], ["--generate", "--out", str(run.file)]):
@@ -1296,6 +1433,10 @@ def main(argv=None):
             sys.exit(130)
     except BrokenPipeError:  # whoever read this has gone, as in `python gpt.py --generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        step = not args.generate and run.content["run"]["step"]
+        kept = f"step {step} is kept: make room, then --resume" if step else "nothing was kept"
+        sys.exit(f"gpt.py: can't write ({error}); {kept}")
     return model, tokenizer
 
 

@@ -4,29 +4,26 @@ Each name is a promise, each body its proof. A few words on pytest, which runs t
 something made ready for it, by the function of that name marked as a fixture (`folder`) or by pytest itself:
 `tmp_path` is an empty folder, `capsys` what was printed, and what `monkeypatch` changes is put back at the
 end. `parametrize` runs a test once for each row of a table. A *hook* is a function that PyTorch calls each
-time a part of a model has computed something: with the part, its arguments and its result.
+time a part of a model has computed something: with the part, its arguments and its result. A *mock* stands
+in for a function: it counts its calls, and returns or raises what it was told to.
 """
 
-import codecs
-import contextlib
+import copy
 import doctest
 import io
 import math
-import multiprocessing.forkserver
 import os
-import random
 import re
+import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import fields, replace
-from functools import cache
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 
@@ -46,22 +43,23 @@ TRAINING, VALIDATION = gpt.split(TOKENS)
 V = TOKENIZER.vocab_size
 
 # A model of eight thousand parameters: for promises that do not depend on size, it is quick.
-SMALL = gpt.Config(
-    n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, steps=20, eval_every=10, vocab_size=V
-)
+SHAPE = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4)
+SMALL = gpt.Config(**SHAPE, steps=20, eval_every=10, vocab_size=V)
 FLAGS = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --length 40".split()
+BATCH = TOKENS[:64].view(4, 16).long()
 
 
 def trained(config, model=None, fast=None, validation=VALIDATION[:2000]):
     """A model after a run of `train`, and what the run has yielded. fast: another way to compute with it."""
     model = model or gpt.GPT(config)
-    optimizer = gpt.make_optimizer(model, config)
-    return model, list(gpt.train(model if fast is None else fast, optimizer, config, TRAINING, validation))
+    network, optimizer = model if fast is None else fast, gpt.make_optimizer(model, config)
+    run = gpt.train(network, optimizer, config, TRAINING, validation)
+    return model, [(step, loss.item(), val_loss) for step, loss, val_loss in run]
 
 
-def written(model, prompt="", length=50, **settings):
+def written(model, prompt="", length=50, tokenizer=TOKENIZER, **settings):
     """What the model writes after the prompt, as one string."""
-    return "".join(gpt.generate(model, TOKENIZER, prompt, length=length, **settings))
+    return "".join(gpt.generate(model, tokenizer, prompt, length=length, **settings))
 
 
 def same(a, b):
@@ -81,44 +79,34 @@ def randomized(config, seed=0):
 # ---------------------------------------------------------------- the three promises that people come for
 
 
-PARAMETERS = {"tiny": 421_504, "small": 1_396_608, "medium": 10_770_816, "gpt2": 85_892_352}
+def test_each_size_has_its_parameters_and_computes_on_any_device():
+    parameters = {"tiny": 421_504, "small": 1_396_608, "medium": 10_770_816, "gpt2": 85_892_352}
+    for size, settings in gpt.SIZES.items():
+        # The meta device has shapes but no numbers, and refuses to compute with tensors of another device.
+        model = gpt.GPT(gpt.Config(**settings)).to("meta")
+        inputs, targets = gpt.get_batch(TOKENS.to("meta"), 2, 8)
+        F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+        assert sum(parameter.grad.numel() for parameter in model.parameters()) == parameters[size]
 
 
-@pytest.mark.parametrize("size", PARAMETERS)
-def test_each_size_has_its_shapes_on_any_device(size):
-    # The meta device has shapes but no numbers, and refuses to compute with tensors of another device.
-    config = gpt.Config(**gpt.SIZES[size])
-    model, (B, T, C), shapes = gpt.GPT(config).to("meta"), (2, 8, config.n_embd), {}
-    for name, part in model.named_modules():
-        part.register_forward_hook(lambda part, _, output, name=name: shapes.update({name: output.shape}))
-    inputs, targets = gpt.get_batch(TOKENS.to("meta"), B, T)
-    F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
-    assert shapes["wte"] == shapes["ln_f"] == (B, T, C) and shapes[""] == (B, T, config.vocab_size)
-    for layer in range(config.n_layer):
-        assert shapes[f"h.{layer}.attn.c_attn"] == (B, T, 3 * C)
-        assert shapes[f"h.{layer}.attn"] == shapes[f"h.{layer}.mlp"] == shapes[f"h.{layer}"] == (B, T, C)
-    assert sum(parameter.grad.numel() for parameter in model.parameters()) == PARAMETERS[size]
-
-
-def test_the_loss_falls_from_uniform_to_below_bigram():
+def test_the_loss_falls_from_an_even_guess_to_below_counting_pairs():
     config = gpt.Config(block_size=64, steps=150, eval_every=150, vocab_size=V)
     model = gpt.GPT(config)
     gpt.head_start(model)
-    baselines = gpt.baselines(TRAINING, VALIDATION[:20_000], V)
+    _, pairs = gpt.counting(TRAINING, VALIDATION[:20_000], V, longest=1)
     _, results = trained(config, model, validation=VALIDATION[:20_000])
-    assert abs(results[0][1] - baselines["uniform"]) < 0.8  # an untrained model knows next to nothing
-    assert results[-1][2] < baselines["bigram"] - 0.17
+    assert abs(results[0][1] - math.log(V)) < 0.8  # an untrained model knows next to nothing
+    assert results[-1][2] < pairs - 0.17
 
 
 def test_one_seed_gives_one_result_to_the_bit():
     config = replace(SMALL, dropout=0.1)
     (model, results), (again, results_again) = trained(config), trained(config)
-    other_seed = replace(config, seed=2)
-    other, _ = trained(other_seed, gpt.GPT(config))
+    other, _ = trained(replace(config, seed=2), gpt.GPT(config))
     assert results == results_again and same(model.state_dict(), again.state_dict())
     assert written(model, "HAMLET:") == written(again, "HAMLET:") != written(model, "HAMLET:", seed=5)
     assert not same(model.state_dict(), other.state_dict())
-    assert not same(gpt.GPT(config).state_dict(), gpt.GPT(other_seed).state_dict())
+    assert not same(gpt.GPT(config).state_dict(), gpt.GPT(replace(config, seed=2)).state_dict())
 
 
 # ---------------------------------------------------------------- the examples in the comments
@@ -138,29 +126,53 @@ def test_every_example_in_the_file_gives_what_stands_below_it(monkeypatch):
 # ---------------------------------------------------------------- 0 and 1: settings, text to numbers
 
 
-def test_every_setting_has_a_flag_whose_default_is_told_by_help(capsys):
+def test_every_setting_has_a_range_and_a_flag_whose_default_is_told_by_help(capsys):
     with pytest.raises(SystemExit):
         gpt.main(["--help"])
     options = " ".join(capsys.readouterr().out.split()).split("options:")[1]
     for row in fields(gpt.Config)[:-1]:  # all but vocab_size, which is counted
         flag = "--" + row.name.replace("_", "-")
         assert re.search(rf" {flag}\b.*?default: (.*?)\)", options)[1] == str(row.default), flag
+        for value in (-1, math.nan):
+            with pytest.raises(ValueError, match=flag):
+                gpt.Config(**{row.name: value})
 
 
 def test_text_becomes_tokens_and_comes_back_unchanged():
-    assert TOKENIZER.decode(TOKENS.tolist()) == TEXT and TOKENIZER.encode("").tolist() == []
     strange = gpt.CharTokenizer.from_text("日本語 🎭 é\n")
-    assert strange.decode(strange.encode("🎭é日")) == "🎭é日"
+    assert TOKENIZER.decode(TOKENS.tolist()) == TEXT and strange.decode(strange.encode("🎭é日")) == "🎭é日"
 
 
-def test_the_baselines_are_what_plain_counting_gives():
-    tokens, rest, total = TOKENS[:3000].tolist(), TOKENS[3000:4000].tolist(), 0
-    pairs = Counter(zip(tokens, tokens[1:]))
-    for a, b in zip(rest, rest[1:]):
-        total -= math.log((pairs[a, b] + 1) / (tokens[:-1].count(a) + V))
-    found = gpt.baselines(TOKENS[:3000], TOKENS[3000:4000], V)
-    assert found["bigram"] == pytest.approx(total / 999, rel=1e-4)
-    assert found["uniform"] == math.log(V)
+def test_the_validation_part_is_the_last_tenth_and_at_most_a_million():
+    assert [len(part) for part in gpt.split(torch.arange(50))] == [45, 5]
+    assert len(gpt.split(torch.zeros(20_000_000, dtype=torch.int8))[1]) == 1_000_000
+
+
+def kneser_ney(training, validation, longest):
+    """The loss of guessing by interpolated Kneser-Ney, after `longest` tokens: with plain dictionaries."""
+    tokens, tables, loss = training + validation, [], 0
+    groups = [tuple(tokens[i - longest : i + 1]) for i in range(longest, len(training))]
+    for _ in range(longest + 1):
+        kinds = Counter(group[:-1] for group in set(groups))
+        tables.insert(0, (Counter(groups), Counter(group[:-1] for group in groups), kinds))
+        groups = [group[1:] for group in set(groups)]  # shorter: after how many different tokens
+    for i in range(len(training), len(tokens)):
+        p = 1 / V
+        for length, (times, came, kinds) in enumerate(tables):
+            group = tuple(tokens[i - length : i + 1])
+            rest = 0.75 * kinds[group[:-1]] + 1
+            p = (max(times[group] - 0.75, 0) + rest * p) / (came[group[:-1]] + 1)
+        loss -= math.log(p) / len(validation)
+    return loss
+
+
+def test_counting_is_what_plain_dictionaries_give_and_copes_with_sixty_thousand_characters():
+    training, validation = TOKENS[:5000], TOKENS[5000:6000]
+    expected = [kneser_ney(training.tolist(), validation.tolist(), longest) for longest in range(4)]
+    assert gpt.counting(training, validation, V, longest=3) == pytest.approx(expected, abs=0.002)
+    again = torch.arange(60_000).repeat(3)  # after a character comes always the same one
+    even, pairs = gpt.counting(again[:120_000], again[120_000:], 60_000, longest=1)
+    assert even == pytest.approx(math.log(60_000), abs=0.01) and pairs < 5
 
 
 # ---------------------------------------------------------------- 2 to 5: the model
@@ -173,24 +185,29 @@ def test_attention_by_hand_is_what_pytorch_computes():
 
 
 def test_a_token_never_sees_the_future_and_always_the_past():
-    model, tokens = randomized(SMALL), TOKENS[None, :16].long()
-    changed = tokens.clone()
-    changed[0, 9] = (changed[0, 9] + 1) % V
-    difference = (model(tokens) - model(changed))[0].abs().amax(-1)
-    assert not difference[:9].any() and (difference[9:] > 1e-6).all()
+    model, changed = randomized(SMALL), BATCH.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % V
+    difference = (model(BATCH) - model(changed)).abs().amax(-1)
+    assert not difference[:, :9].any() and (difference[:, 9:] > 1e-6).all()
+
+
+def test_several_new_tokens_behind_a_cache_are_an_error_and_not_a_wrong_result():
+    model, cache = randomized(SMALL), {}
+    model(BATCH[:, :8], cache)
+    with pytest.raises(AssertionError, match="one new character at a time"):
+        model(BATCH[:, 8:10], cache, 8)
 
 
 def test_dropout_zeroes_its_share_of_three_outputs_in_training_and_none_otherwise():
-    model, seen = randomized(replace(SMALL, dropout=0.5)), {}
+    model, outputs = randomized(replace(SMALL, dropout=0.5)), []
     block = model.h[0]
-    block.register_forward_pre_hook(lambda part, arguments: seen.update(embeddings=arguments[0]))
-    block.attn.register_forward_hook(lambda part, arguments, output: seen.update(attention=output))
-    block.mlp.register_forward_hook(lambda part, arguments, output: seen.update(mlp=output))
-    for mode, share in [(True, 0.5), (False, 0)]:
-        model.train(mode)(TOKENS[:480].view(30, 16))
-        for output in seen.values():
-            assert (output == 0).float().mean().item() == pytest.approx(share, abs=0.05)
-    assert len(seen) == 3
+    block.register_forward_pre_hook(lambda part, arguments: outputs.append(arguments[0]))
+    for part in (block.attn, block.mlp):
+        part.register_forward_hook(lambda part, arguments, output: outputs.append(output))
+    model.train()(TOKENS[:480].view(30, 16))
+    model.eval()(TOKENS[:480].view(30, 16))
+    shares = [(output == 0).float().mean().item() for output in outputs]
+    assert shares == pytest.approx([0.5, 0.5, 0.5, 0, 0, 0], abs=0.05)
 
 
 OURS = ["ln_1.", "attn.c_attn.", "attn.c_proj.", "ln_2.", "mlp.c_fc.", "mlp.c_proj."]
@@ -213,18 +230,11 @@ def test_the_model_is_gpt2_as_pytorch_itself_would_build_it():
 
 def test_weights_start_at_the_size_that_suits_the_width():
     weights = gpt.GPT(gpt.Config()).state_dict()
-    for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
-        assert abs(weights[name].std() - 128**-0.5) < 0.002
-    assert abs(weights["h.0.mlp.c_proj.weight"].std() - 128**-0.5 / 2) < 0.002  # sqrt(2 * n_layer) is 2
+    for name, writers in [("wte", 1), ("wpe", 1), ("h.0.mlp.c_fc", 1), ("h.0.mlp.c_proj", 4)]:
+        assert abs(weights[f"{name}.weight"].std() - (128 * writers) ** -0.5) < 0.002
 
 
-# ---------------------------------------------------------------- 6: batches
-
-
-def test_targets_are_the_inputs_moved_on_by_one():
-    inputs, targets = gpt.get_batch(TOKENS, 8, 32)
-    assert torch.equal(inputs[:, 1:], targets[:, :-1])
-    assert TOKENIZER.decode([*inputs[3].tolist(), targets[3, -1].item()]) in TEXT
+# ---------------------------------------------------------------- 6 and 7: batches, training
 
 
 def test_every_place_of_the_text_can_be_drawn_and_none_beyond():
@@ -232,34 +242,21 @@ def test_every_place_of_the_text_can_be_drawn_and_none_beyond():
     assert set(torch.cat(draws)[:, 0].tolist()) == {0, 1, 2, 3}  # 3 + 8 + 1 tokens end at the 12th
 
 
-# ---------------------------------------------------------------- 7: training
-
-
-def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine():
-    config = gpt.Config(steps=1000, warmup=0.1, lr=2e-3, final_lr=0.1)
-    rate = [gpt.learning_rate(step, config) for step in range(1000)]
-    assert math.isclose(rate[0], 2e-5) and math.isclose(rate[49], 1e-3) and math.isclose(max(rate), 2e-3)
-    assert rate.index(max(rate)) in (99, 100) and math.isclose(rate[549], 1.1e-3, rel_tol=0.01)
-    assert math.isclose(rate[-1], 2e-4) and rate[100:] == sorted(rate[100:], reverse=True)
-
-
 def test_the_optimizer_follows_the_schedule():
     model = gpt.GPT(SMALL)
     optimizer = gpt.make_optimizer(model, SMALL)
     for step, _, _ in gpt.train(model, optimizer, SMALL, TRAINING, VALIDATION[:100]):
-        for group in optimizer.param_groups:
-            assert group["lr"] == gpt.learning_rate(step - 1, SMALL)
+        assert {group["lr"] for group in optimizer.param_groups} == {gpt.learning_rate(step - 1, SMALL)}
 
 
 def test_decay_is_for_matrices_only():
-    model, config = randomized(SMALL), replace(SMALL, lr=0.1, weight_decay=0.5)
+    model = randomized(SMALL)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # so that nothing but decay can move it
-    gpt.make_optimizer(model, config).step()
+    gpt.make_optimizer(model, replace(SMALL, lr=0.1, weight_decay=0.5)).step()
     for name, parameter in model.named_parameters():
-        kept = 0.95 if parameter.dim() == 2 else 1.0
-        assert torch.allclose(parameter, kept * before[name]), name
+        assert torch.allclose(parameter, before[name] * (0.95 if parameter.dim() == 2 else 1)), name
 
 
 def test_long_gradients_are_cut_to_length():
@@ -268,15 +265,25 @@ def test_long_gradients_are_cut_to_length():
     assert gradients.norm().item() == pytest.approx(1e-3, rel=0.01)
 
 
-def test_the_validation_loss_is_the_mean_over_the_whole_text():
-    config = replace(SMALL, dropout=0.5)
-    model = randomized(config)
-    tokens, total = VALIDATION[: 16 * 70 + 6].long(), 0.0  # more than one batch, and a part of a sequence
-    with torch.no_grad():
-        for start in range(0, len(tokens) - 1, 16):
-            window = tokens[start : start + 17]
-            total += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
-    assert math.isclose(gpt.evaluate(model.train(), config, tokens), total / (len(tokens) - 1), rel_tol=1e-5)
+def test_the_validation_loss_is_the_mean_over_the_whole_text_in_batches_of_one_shape():
+    model, total, shapes = randomized(replace(SMALL, dropout=0.5)), 0.0, set()
+    tokens = VALIDATION[: 16 * 70 + 6].long()  # the last batch is half full, its last sequence too
+    for inputs, targets in zip(tokens[:-1].split(16), tokens[1:].split(16)):
+        total += F.cross_entropy(model(inputs[None])[0], targets, reduction="sum").item()
+    model.wte.register_forward_pre_hook(lambda part, arguments: shapes.add(tuple(arguments[0].shape)))
+    loss = gpt.evaluate(model.train(), SMALL, tokens)
+    assert loss == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
+    assert shapes == {(4, 16)}  # so that memory has a bound, and compiling happens once
+
+
+def test_each_process_draws_a_dropout_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", Mock())
+    model, chances = gpt.GPT(SMALL), []
+    model.register_forward_pre_hook(lambda model, inputs: chances.append(torch.rand(9).tolist()))
+    for rank in (0, 1):
+        monkeypatch.setattr(gpt, "RANK", rank)
+        next(gpt.train(model, gpt.make_optimizer(model, SMALL), SMALL, TRAINING, VALIDATION))
+    assert len(chances) == 2 and chances[0] != chances[1]
 
 
 # ---------------------------------------------------------------- 8: writing
@@ -285,14 +292,11 @@ def test_the_validation_loss_is_the_mean_over_the_whole_text():
 def write_without_cache(model, prompt, length, temperature, top_k, seed):
     """The plainest loop that writes: the whole context through the model for each token."""
     T, rng = model.config.block_size, torch.Generator().manual_seed(seed)
-    context = TOKENIZER.encode(prompt).long()[-T:]
+    context = TOKENIZER.encode(prompt)[-T:]
     for _ in range(length):
-        if len(context) > T:
-            context = context[-(T // 2) :]
-        with torch.no_grad():
-            logits = model(context[None])[0, -1]
-        token = torch.multinomial(gpt.probabilities(logits, temperature, top_k), 1, generator=rng)
-        context = torch.cat([context, token])
+        context = context if len(context) <= T else context[-(T // 2) :]
+        probs = gpt.probabilities(model(context[None])[0, -1], temperature, top_k)
+        context = torch.cat([context, torch.multinomial(probs, 1, generator=rng)])
 
 
 @pytest.mark.parametrize("prompt_length", [1, 5, 16, 50])
@@ -310,8 +314,7 @@ def test_the_cache_changes_nothing_and_saves_all_positions_but_one(prompt_length
 def test_temperature_0_is_the_likeliest_and_top_k_leaves_k():
     logits = torch.randn(65, generator=torch.Generator().manual_seed(1))
     assert gpt.probabilities(logits, 0)[logits.argmax()] == 1
-    seven = gpt.probabilities(logits, 2.0, 7)
-    assert seven.count_nonzero() == seven[logits.topk(7).indices].count_nonzero() == 7
+    assert gpt.probabilities(logits, 2.0, 7).count_nonzero() == 7
     assert torch.allclose(gpt.probabilities(logits, 1.0, 1000), logits.softmax(0))
 
 
@@ -321,28 +324,27 @@ def test_writing_uses_randomness_of_its_own_and_learns_nothing():
     assert all(parameter.grad is None for parameter in model.parameters()) and torch.is_grad_enabled()
 
 
-class Bytes(gpt.CharTokenizer):
-    """A tokenizer of another kind, as a fork might have it: the 256 bytes are the tokens."""
-
-    def __init__(self, characters):
-        self.characters, self.vocab_size = characters, 256
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of half a character
-
-    def encode(self, text):
-        return torch.tensor(list(text.encode()), dtype=torch.int32)
-
-    def decode(self, tokens):
-        return self.decoder.decode(bytes(tokens))
+def test_without_a_prompt_it_begins_after_a_blank_line_or_else_after_token_0():
+    model, dna = randomized(SMALL), gpt.CharTokenizer("ACGT")
+    assert written(model, "") == written(model, "\n\n") != written(model, "A")
+    model = randomized(replace(SMALL, vocab_size=4))
+    assert written(model, "", tokenizer=dna) == written(model, "A", tokenizer=dna)
 
 
-def test_characters_of_several_tokens_are_written_whole(monkeypatch):
-    tokens = iter("日本é!".encode())
-    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.tensor([next(tokens)]))
-    model = gpt.GPT(replace(SMALL, vocab_size=256))
-    assert "".join(gpt.generate(model, Bytes(""), "ü", length=9)) == "日本é!"
+# ---------------------------------------------------------------- 10 and 11: rewards, the head start
 
 
-# ---------------------------------------------------------------- 9: the head start
+def test_what_is_rewarded_becomes_likelier_and_a_leash_holds_it_back():
+    model, _ = trained(replace(SMALL, steps=200, eval_every=200))
+
+    def reinforced(kl):
+        learner, reward = copy.deepcopy(model), lambda text: text.count("e")
+        return list(gpt.reinforce(learner, TOKENIZER, TRAINING, reward, steps=40, kl=kl, lr=3e-3))
+
+    free, held = reinforced(kl=0), reinforced(kl=10)
+    assert free[0] == held[0] and free[0][1] == pytest.approx(0, abs=1e-6)  # at first it is what it was
+    assert free[-1][0] > 3 * free[0][0] and held[-1][1] < free[-1][1] / 10
+    assert reinforced(kl=0) == free  # one seed, one result
 
 
 def test_each_head_starts_by_looking_back_its_number_of_characters():
@@ -350,102 +352,14 @@ def test_each_head_starts_by_looking_back_its_number_of_characters():
     gpt.head_start(model)
     model.h[0].attn.c_attn.register_forward_hook(lambda part, arguments, output: seen.append(output[0]))
     model(TOKENS[None, :64])
-    queries, keys, _ = seen[0].split(128, dim=1)
-    for head in range(4):
-        part = slice(head * 32, (head + 1) * 32)
-        scores = queries[:, part] @ keys[:, part].T / math.sqrt(32)
-        weights = scores.masked_fill(torch.ones(64, 64).triu(1).bool(), -math.inf).softmax(1)
-        back = torch.arange(64) - weights.argmax(1)
-        assert (back[4:] == head + 1).all() and weights[4:].amax(1).mean() > 0.95
+    queries, keys, _ = seen[0].view(64, 3, 4, 32).permute(1, 2, 0, 3)  # (heads, positions, head size) each
+    scores = queries @ keys.transpose(1, 2) / math.sqrt(32)
+    weights = scores.masked_fill(torch.ones(64, 64).triu(1).bool(), -math.inf).softmax(-1)[:, 4:]
+    assert (torch.arange(4, 64) - weights.argmax(-1) == torch.arange(1, 5)[:, None]).all()
+    assert weights.amax(-1).mean() > 0.95
 
 
-# ---------------------------------------------------------------- 10: files and devices
-
-
-def test_line_ends_become_newlines_and_a_byte_order_mark_is_left_out(tmp_path):
-    (tmp_path / "text").write_bytes("\ufeffAnna\r\nOtto\r日本語 🎭\n".encode())
-    assert gpt.read_text(tmp_path / "text") == "Anna\nOtto\n日本語 🎭\n"
-
-
-def test_a_text_that_cannot_be_fetched_leaves_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpt, "TEXT_URL", (tmp_path / "nowhere").as_uri())
-    with pytest.raises(SystemExit):
-        gpt.main([])
-    assert "--data" in capsys.readouterr().err and os.listdir() == []
-
-
-def test_a_saved_model_comes_back_whole(tmp_path):
-    model = randomized(SMALL)
-    gpt.save(tmp_path / "gpt.pt", model, TOKENIZER)
-    again, tokenizer = gpt.load(tmp_path / "gpt.pt")
-    assert same(model.state_dict(), again.state_dict()) and os.listdir(tmp_path) == ["gpt.pt"]
-    assert again.config == model.config and tokenizer.characters == TOKENIZER.characters
-
-
-class Hostile:
-    """Unpickling this creates a file."""
-
-    def __reduce__(self):
-        return (open, ("hacked", "w"))
-
-
-def test_what_is_not_a_whole_checkpoint_is_refused_and_runs_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    good, bad = Path("good.pt"), Path("bad.pt")
-    gpt.save(good, gpt.GPT(SMALL), TOKENIZER)
-    content, found = good.read_bytes(), torch.load(good, weights_only=True)
-    contents = [content[: len(content) * i // 5] for i in range(5)] + [content[:-1], b"To be, or not to be\n"]
-    others = [
-        Hostile(),
-        nn.Linear(2, 2),
-        found | {"config": found["config"] | {"init_std": 0.02}},
-        found | {"model": found["model"] | {"wpe.weight": torch.zeros(16, 17)}},
-    ]
-    for other in others:
-        torch.save(other, bad)
-        contents.append(bad.read_bytes())
-    for content in contents:
-        bad.write_bytes(content)
-        with pytest.raises(ValueError, match="no whole checkpoint of this gpt.py in .*bad.pt") as error:
-            gpt.load(bad)
-        assert str(error.value).isprintable()
-    assert "wpe.weight" in str(error.value) and not Path("hacked").exists()
-
-
-def test_a_full_disk_leaves_the_earlier_model(tmp_path, monkeypatch):
-    gpt.save(tmp_path / "gpt.pt", gpt.GPT(SMALL), TOKENIZER)
-    earlier = (tmp_path / "gpt.pt").read_bytes()
-    monkeypatch.setattr(os, "fsync", lambda file: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        gpt.save(tmp_path / "gpt.pt", randomized(SMALL), TOKENIZER, keep_old=True)
-    assert (tmp_path / "gpt.pt").read_bytes() == earlier
-
-
-@pytest.mark.parametrize("dtype, compile", [("bfloat16", False), ("auto", True), ("bfloat16", True)])
-def test_what_is_faster_trains_nearly_the_same_in_float32_weights(dtype, compile, monkeypatch):
-    original = torch.compile
-    # The C++ compiler takes half a minute: all but the last stage (.ci/run does it all).
-    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend="aot_eager"))
-    config = replace(SMALL, n_layer=1, steps=4, eval_every=2)
-    _, plain = trained(config)
-    model = gpt.GPT(replace(config, dtype=dtype, compile=compile))
-    fast = gpt.speed_up(model, torch.device("cpu"))
-    _, results = trained(config, model, fast)
-    assert [loss for _, loss, _ in results] == pytest.approx([loss for _, loss, _ in plain], abs=0.02)
-    assert type(fast) is not gpt.GPT and (dtype == "auto" or results != plain)
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-
-
-def test_auto_takes_bfloat16_only_on_gpus_that_have_it_in_hardware(monkeypatch):
-    model = gpt.GPT(SMALL)
-    for capability, kind in [((7, 5), gpt.GPT), ((8, 0), gpt.BFloat16), ((9, 0), gpt.BFloat16)]:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert type(gpt.speed_up(model, torch.device("cuda"))) is kind
-    assert gpt.speed_up(model, torch.device("cpu")) is model
-
-
-# ---------------------------------------------------------------- 11: the command line
+# ---------------------------------------------------------------- 12: files and devices
 
 
 @pytest.fixture
@@ -456,10 +370,130 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def python(*arguments, folder, **how):
-    """Start `python` on these arguments in a folder, as a user would."""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, **pipes, **how)
+def files():
+    return " ".join(sorted(os.listdir()))
+
+
+def refused(argv, capsys):
+    """The one line that gpt.py prints when it refuses these arguments."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        gpt.main(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("gpt.py: ") and err[:-1].isprintable() and err[-1] == "\n"
+    return err
+
+
+def test_line_ends_become_newlines_and_a_byte_order_mark_is_left_out(tmp_path):
+    (tmp_path / "text").write_bytes("\ufeffAnna\r\nOtto\r日本語 🎭\n".encode())
+    assert gpt.read_text(tmp_path / "text") == "Anna\nOtto\n日本語 🎭\n"
+    assert gpt.parse(["--prompt", "Anna\r\nOtto"])[0].prompt == "Anna\nOtto"
+
+
+def test_a_text_is_found_beside_the_program_or_fetched_or_missed(folder, monkeypatch, capsys):
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    monkeypatch.setattr(gpt, "__file__", str(folder / "gpt.py"))
+    assert gpt.find_text(Path("input.txt")) == folder / "input.txt"
+    (folder / "input.txt").unlink()
+    monkeypatch.setattr(gpt, "TEXT_URL", (folder / "nowhere").as_uri())
+    assert "can't be fetched" in refused([], capsys) and files() == ""
+
+
+def test_a_file_is_written_whole_where_a_link_leads_whatever_other_programs_do(folder, monkeypatch):
+    def other_program(_):
+        monkeypatch.setattr(os, "fsync", Mock())
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        gpt.write("link.pt", b"theirs")
+
+    Path("link.pt").symlink_to(folder / "drive.pt")
+    monkeypatch.setattr(os, "fsync", other_program)  # while ours is not yet renamed, it writes the same file
+    gpt.write("link.pt", b"ours")
+    monkeypatch.setattr(time, "sleep", Mock())
+    monkeypatch.setattr(os, "replace", Mock(side_effect=PermissionError))  # as Windows, while one reads it
+    with pytest.raises(PermissionError):
+        gpt.write("link.pt", b"too late")
+    assert os.replace.call_count > 10 and files() == "drive.pt input.txt link.pt"
+    assert Path("link.pt").is_symlink() and Path("drive.pt").read_bytes() == b"ours"
+
+
+class Hostile:
+    """Unpickling this creates a file."""
+
+    def __reduce__(self):
+        return (open, ("hacked", "w"))
+
+
+def test_a_saved_model_comes_back_whole_and_what_is_not_one_is_refused_and_runs_nothing(folder):
+    gpt.save("gpt.pt", randomized(SMALL), TOKENIZER)
+    model, tokenizer = gpt.load("gpt.pt")
+    assert same(model.state_dict(), randomized(SMALL).state_dict())
+    assert tokenizer.vocabulary == TOKENIZER.vocabulary
+    whole, found = Path("gpt.pt").read_bytes(), torch.load("gpt.pt", weights_only=True)
+    contents = [b"", whole[:1000], whole[:-1], b"To be, or not to be\n"]
+    setting, shape = {"init_std": 0.02}, {"wpe.weight": torch.zeros(16, 17)}
+    unlike = [found | {"config": found["config"] | setting}, found | {"model": found["model"] | shape}]
+    for other in [Hostile(), nn.Linear(2, 2), *unlike]:
+        torch.save(other, "bad.pt")
+        contents.append(Path("bad.pt").read_bytes())
+    for content in contents:
+        Path("bad.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="no whole checkpoint of this gpt.py in bad.pt") as error:
+            gpt.load("bad.pt")
+        assert str(error.value).isprintable()
+    assert "wpe.weight" in str(error.value) and not Path("hacked").exists()
+
+
+def test_auto_is_a_gpu_only_if_it_works_and_apples_only_for_one_process(monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert gpt.pick_device("auto").type == "cpu" and "cuda:0 can't be used" in capsys.readouterr().out
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="memory is full"):
+        patch.setattr(torch, "zeros", Mock(side_effect=torch.OutOfMemoryError("memory is full")))
+        gpt.pick_device("auto")
+    monkeypatch.setattr(gpt, "WORLD_SIZE", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="cuda:1"):
+        gpt.pick_device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert gpt.pick_device("auto").type == "cpu" and "mps" not in capsys.readouterr().out
+
+
+def test_what_is_faster_trains_nearly_the_same_in_float32_weights(monkeypatch):
+    original, (_, plain) = torch.compile, trained(replace(SMALL, steps=4))
+    # The C++ compiler takes half a minute: all but the last stage (.ci/run does it all).
+    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend="aot_eager"))
+    for dtype, compile in [("bfloat16", False), ("auto", True)]:
+        model = gpt.GPT(replace(SMALL, dtype=dtype, compile=compile))
+        _, results = trained(replace(SMALL, steps=4), model, gpt.speed_up(model, BATCH))
+        for (_, loss, _), (_, expected, _) in zip(results, plain):
+            assert loss == pytest.approx(expected, abs=0.02)
+        assert (results != plain) or compile
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_auto_takes_bfloat16_only_on_gpus_that_have_it_in_hardware(monkeypatch):
+    monkeypatch.setattr(gpt, "sees_ahead", lambda network, tokens: False)
+    for capability, kind in [((7, 5), gpt.GPT), ((8, 0), gpt.BFloat16), ((9, 0), gpt.BFloat16)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert type(gpt.speed_up(gpt.GPT(SMALL), MagicMock(device=torch.device("cuda")))) is kind
+    assert type(gpt.speed_up(gpt.GPT(SMALL), BATCH)) is gpt.GPT
+
+
+def test_the_start_does_without_a_compiler_that_fails_but_not_with_attention_that_sees_ahead(
+    folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no compiler")))
+    gpt.main([*FLAGS, "--steps", "2", "--compile"])
+    assert "without it (no compiler)" in capsys.readouterr().out
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, is_causal: attention(q, k, v))
+    with pytest.raises(SystemExit, match="see later ones"):  # such a text is printed; the status is 1
+        gpt.main([*FLAGS, "--steps", "2", "--out", "new.pt"])
+    assert files() == "gpt.pt input.txt"
+
+
+# ---------------------------------------------------------------- 13: the command line
 
 
 def saved(path="gpt.pt"):
@@ -468,102 +502,71 @@ def saved(path="gpt.pt"):
     return found | {"model": {name: weight.tolist() for name, weight in found["model"].items()}}
 
 
-def test_the_program_trains_and_writes_the_same_in_every_start_of_python(tmp_path):
-    runs, told = [], []
-    for name in ("a", "b"):  # PYTHONHASHSEED: what differs from one start to the next
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "input.txt").write_text(TEXT, encoding="utf-8")
-        flags = [*FLAGS, "--steps", "6", "--eval-every", "3"]
-        environment = os.environ | {"PYTHONHASHSEED": str(len(runs))}
-        runs.append(python(HERE / "gpt.py", *flags, folder=tmp_path / name, env=environment))
-    for run in runs:
-        out, err = run.communicate()
-        assert run.returncode == 0 and err == ""  # no warning either
-        told.append(re.sub(r"\d+ seconds left", "", out))
-    assert told[0] == told[1] and saved(tmp_path / "a" / "gpt.pt") == saved(tmp_path / "b" / "gpt.pt")
-    assert "1,266,726 characters" in out and out.count("val loss") == 2 and out.count("\n    | ") >= 2
-    assert len(out.split("It writes:\n\n")[1]) > 20  # the scene
-    assert sorted(os.listdir(tmp_path / "a")) == ["gpt.pt", "input.txt"]
+def test_what_is_typed_beats_a_size_and_a_checkpoint_that_is_trained_on(folder):
+    def model(*flags):
+        return gpt.Run(*gpt.parse(flags)).model
 
-
-def test_what_is_typed_beats_a_size_and_a_checkpoint(folder):
-    _, config, _ = gpt.parse(["--size", "medium", "--steps", "7"])
-    assert (config.n_layer, config.dropout, config.steps, config.lr) == (6, 0.2, 7, 7e-4)
-    gpt.save("gpt.pt", gpt.GPT(replace(SMALL, temperature=0.5, top_k=3)), TOKENIZER)
-    _, config, _ = gpt.parse(["--generate", "--top-k", "9"])
-    assert (config.n_embd, config.temperature, config.top_k) == (16, 0.5, 9)
-    _, config, _ = gpt.parse(["--init-from", "gpt.pt", "--eval-every", "7"])
-    assert (config.lr, config.steps, config.eval_every) == (0.064 / 16, 300, 7)
-
-
-@pytest.mark.parametrize("flag, begun", [("--head-start", True), ("--no-head-start", False)])
-def test_a_new_model_gets_its_head_start_unless_told_not_to(folder, flag, begun):
-    model, *_ = gpt.build(*gpt.parse([*FLAGS, flag]))
-    assert model.wpe.weight[:, :12].any() != begun  # the channels that a head start leaves to tokens
+    medium = model("--size", "medium", "--steps", "7").config
+    assert (medium.n_layer, medium.dropout, medium.steps, medium.lr) == (6, 0.2, 7, 0.256 / 384)
+    gpt.save("gpt.pt", randomized(SMALL), TOKENIZER)
+    tuned = model("--init-from", "gpt.pt", "--eval-every", "7")
+    assert same(tuned.state_dict(), randomized(SMALL).state_dict())
+    assert tuned.config == replace(SMALL, steps=300, eval_every=7, lr=0.064 / 16)
+    # A head start leaves the first channels to tokens.
+    assert not model().wpe.weight[:, :96].any() and model("--no-head-start").wpe.weight[:, :96].all()
+    # A run that passes over its text more than a hundred times is evaluated at least ten times.
+    assert model().config.eval_every == 290 and model("--steps", "50").config.eval_every == 500
 
 
 def test_only_text_goes_to_standard_output_when_writing(folder, capsys):
     gpt.main([*FLAGS, "--steps", "2"])
-    texts = []
-    for seed in ("5", "5", "6"):
+    model, tokenizer = gpt.load()
+    for seed in (1337, 5):
         capsys.readouterr()
-        gpt.main(["--generate", "--length", "50", "--prompt", TEXT[:30], "--seed", seed])
-        texts.append(capsys.readouterr().out)
-    assert (
-        texts[0] == texts[1] != texts[2] and texts[0].startswith(TEXT[:30]) and texts[0] != TEXT[:30] + "\n"
-    )
-
-
-def test_fine_tuning_starts_from_the_trained_model(folder):
-    gpt.main([*FLAGS, "--steps", "2", "--out", "first.pt"])
-    Path("new.txt").write_text(TEXT[5000:12_000], encoding="utf-8")
-    gpt.main("--init-from first.pt --data new.txt --out new.pt --steps 1 --lr 1e-6 --length 5".split())
-    first, new = (gpt.load(f"{name}.pt") for name in ("first", "new"))
-    assert first[1].characters == new[1].characters
-    for before, after in zip(first[0].parameters(), new[0].parameters()):
-        assert torch.allclose(before, after, atol=1e-4)
+        gpt.main(["--generate", "--length", "50", "--prompt", TEXT[:30], "--seed", str(seed)])
+        text = TEXT[:30] + written(model, TEXT[:30], tokenizer=tokenizer, seed=seed) + "\n"
+        assert capsys.readouterr() == (text, "")
 
 
 # Each of these gets one line on standard error that contains the words, status 2, and changes no file.
-BAD_INPUT = """
---data nowhere.txt                      | nowhere.txt --data
---data folder                           | folder --data
---data binary.dat                       | binary.dat UTF-8
---data short.txt                        | short.txt --block-size
---n-embd 130 --n-head 4                 | --n-head 130
---steps 0                               | --steps
---lr nan                                | --lr
---warmup 100                            | --warmup
---grad-clip 0                           | --grad-clip
---seed 99999999999999                   | --seed
---size huge                             | huge tiny small medium gpt2
---device gpu --plot early.png           | gpu auto cpu cuda
---device cuda:99                        | cuda:99
---dtype float16                         | --dtype float16
---out nowhere/gpt.pt                    | nowhere
---out input.txt                         | --out .pt
---length 0                              | --length
---generate --out done.pt --prompt ß     | ß
---resume                                | gpt.pt
---resume --out done.pt                  | ended --init-from
---resume --out open.pt --data other.txt | other.txt open.pt
---generate --out done.pt --n-head 4     | n_head
---init-from done.pt --data chinese.txt  | 中
+BAD_INPUT = f"""
+--data nowhere.txt                        | nowhere.txt --data
+--data binary.dat                         | binary.dat UTF-8
+--data short.txt                          | short.txt --block-size
+--n-embd 130 --n-head 4                   | --n-head 130
+--st 5                                    | --st
+--size small --resume --out open.pt       | --resume --size
+--device cuda:99 --plot early.png         | cuda:99 auto cpu
+--plot nowhere/loss.png                   | nowhere
+--plot loss.xyz                           | xyz
+--out nowhere/gpt.pt                      | nowhere
+--out folder.pt                           | folder.pt
+--out input.txt/gpt.pt                    | input.txt/gpt
+--out {"a" * 250}.pt                      | aaa
+--out gpt.run.pt                          | --out .run.pt
+--prompt -HAMLET:                         | --prompt=-
+--resume --out done.pt                    | done.run.pt --init-from
+--resume --out open.pt --data other.txt   | other.txt open.run.pt
+--resume --out open.pt --steps 3          | 3 4
+--resume --out open.pt --n-head 1         | n_head
+--init-from done.pt --data chinese.txt    | 中
+--generate                                | gpt.pt
+--generate --out done.pt --prompt ß       | ß
+--generate --out done.pt --n-head 4       | --generate
 """
 
 
 @pytest.fixture(scope="module")
 def folder_of_traps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("traps")
-    (folder / "folder").mkdir()
-    (folder / "input.txt").write_text(TEXT[:20_000], encoding="utf-8")
-    (folder / "other.txt").write_text(TEXT[1000:9000], encoding="utf-8")
-    (folder / "chinese.txt").write_text("中" * 1500, encoding="utf-8")
+    (folder / "folder.pt").mkdir()
     (folder / "binary.dat").write_bytes(bytes(range(256)) * 50)
-    (folder / "short.txt").write_text(TEXT[:1280], encoding="utf-8")
-    gpt.main([*FLAGS, "--steps", "2", "--data", f"{folder}/input.txt", "--out", f"{folder}/done.pt"])
-    run = [*FLAGS, "--steps", "9", "--eval-every", "2"]
-    interrupt([*run, "--data", f"{folder}/input.txt", "--out", f"{folder}/open.pt"], after=5)
+    texts = {"input": TEXT[:20_000], "other": TEXT[1000:9000], "chinese": "中" * 1500, "short": TEXT[:1280]}
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    run = [*FLAGS, "--eval-every", "2", "--data", f"{folder}/input.txt", "--out"]
+    gpt.main([*run, f"{folder}/done.pt", "--steps", "2"])
+    power_cut([*run, f"{folder}/open.pt", "--steps", "9"], at=6)
     return folder
 
 
@@ -574,42 +577,67 @@ def test_bad_input_gets_one_line_and_changes_nothing(line, folder_of_traps, monk
 
     command, words = line.split("|")
     monkeypatch.chdir(folder_of_traps)
-    before = contents()
-    with pytest.raises(SystemExit) as stop:
-        gpt.main(command.split())
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("gpt.py: ") and err[:-1].isprintable() and err[-1] == "\n"
-    assert all(word in err for word in words.split())
-    assert contents() == before
+    before, told = contents(), refused(command.split(), capsys)
+    assert all(word in told for word in words.split()) and contents() == before
 
 
-def test_a_picture_is_drawn_or_refused_at_once(folder, monkeypatch, capsys):
+def test_what_a_device_or_a_cluster_cannot_do_is_told_at_once(folder, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt, "pick_device", lambda name: torch.device("mps"))
+        assert "--compile" in refused(["--compile"], capsys)
+    monkeypatch.setattr(gpt, "WORLD_SIZE", 2)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        assert f"no {name}" in refused([], capsys)
+        monkeypatch.setenv(name, "0")
+    assert "2 processes" in refused(["--batch-size", "3"], capsys) and files() == "input.txt"
+
+
+def test_a_picture_is_drawn_in_training_and_again_from_the_finished_model(folder, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     gpt.main([*FLAGS, "--steps", "2", "--plot", "loss.png"])
-    assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
-    for plot, word in [("nowhere/loss.png", "nowhere"), ("loss.xyz", "xyz"), ("other.png", "matplotlib")]:
-        monkeypatch.setitem(sys.modules, word + ".figure", None)  # in the end, as if it were not installed
-        with pytest.raises(SystemExit):
-            gpt.main([*FLAGS, "--steps", "2", "--plot", plot, "--out", "other.pt"])
-        assert word in capsys.readouterr().err and not Path("other.pt").exists()
+    gpt.main(["--generate", "--plot", "again.png"])
+    gpt.draw("empty.png", {"train_losses": [], "val_losses": []})
+    loss, again, empty = (Path(f"{name}.png").read_bytes() for name in ("loss", "again", "empty"))
+    assert loss.startswith(b"\x89PNG") and loss == again != empty
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    assert "matplotlib" in refused(["--plot", "loss.png"], capsys)
+
+
+def test_what_is_printed_cannot_end_a_run(folder, monkeypatch):
+    Path("input.txt").write_text(TEXT[:9000] + "🎭" * 9000, encoding="utf-8")
+    reader, writer = os.pipe()
+    os.close(reader)  # as in `python gpt.py | head`
+    for terminal in (io.TextIOWrapper(io.BytesIO(), encoding="cp1252"), os.fdopen(writer, "w")):
+        monkeypatch.setattr(sys, "stdout", terminal)
+        gpt.main([*FLAGS, "--steps", "40", "--prompt", "🎭", "--out", f"{terminal.encoding}.pt"])
+    assert files() == "UTF-8.pt cp1252.pt input.txt"
 
 
 # ---------------------------------------------------------------- what a run leaves behind
 
 
-def interrupt(argv, after, error=InterruptedError):
-    """Start gpt.main and let an error end it, or what main makes of it, when it has done so many steps."""
+class PowerCut(Exception):
+    """What ends a run at once."""
+
+
+def during(argv, at, event):
+    """Do what gpt.main does with these arguments, and have an event happen as this step ends."""
     train = gpt.train
 
-    def train_until_cut(*arguments):
-        for result in train(*arguments):
-            yield result
-            if result[0] == after:
-                raise error
+    def train_with_event(*arguments):
+        for step, loss, val_loss in train(*arguments):
+            if step == at:
+                event()
+            yield step, loss, val_loss
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises((error, SystemExit)):
-        patch.setattr(gpt, "train", train_until_cut)
-        gpt.main(argv)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt, "train", train_with_event)
+        return gpt.main(argv)
+
+
+def power_cut(argv, at):
+    with pytest.raises(PowerCut):
+        during(argv, at, Mock(side_effect=PowerCut))
 
 
 RUN = [*FLAGS, "--steps", "300", "--eval-every", "60", "--dropout", "0.1", "--seed", "5"]
@@ -617,231 +645,183 @@ RUN = [*FLAGS, "--steps", "300", "--eval-every", "60", "--dropout", "0.1", "--se
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """What a finished run leaves: its file and the scene that it wrote."""
+    """What is in the file of a run that was left alone, in a thread of its own, where a run can be, too."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "input.txt").write_text(TEXT[:20_000], encoding="utf-8")
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        gpt.main([*RUN, "--data", str(folder / "input.txt"), "--out", str(folder / "gpt.pt")])
-    return saved(folder / "gpt.pt"), out.getvalue().split("It writes:")[1]
+    argv = [*RUN, "--data", str(folder / "input.txt"), "--out", str(folder / "gpt.pt")]
+    thread = threading.Thread(target=gpt.main, args=[argv])
+    thread.start()
+    thread.join(60)
+    return saved(folder / "gpt.pt")
 
 
-def test_a_run_is_saved_at_each_evaluation_and_after_the_first_every_minute(
-    folder, monkeypatch, uninterrupted
+def test_a_run_is_saved_every_minute_and_at_each_evaluation_and_can_be_moved(
+    tmp_path, monkeypatch, uninterrupted
 ):
-    interrupt(RUN, after=59)
-    assert os.listdir() == ["input.txt"]
-    interrupt(RUN, after=125)
-    assert saved()["step"] == 120
-    clock = iter(range(0, 10**6, 61))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    interrupt(["--resume"], after=130)
-    assert saved()["step"] == 130
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "plays.txt").write_text(TEXT[:20_000], encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "before")
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", Mock(side_effect=range(0, 10_000, 61)))
+        power_cut([*RUN, "--data", "plays.txt"], at=6)
+    assert saved("gpt.run.pt")["run"]["step"] == 5
+    monkeypatch.chdir(Path.cwd().rename(tmp_path / "after"))
+    power_cut(["--resume"], at=130)
+    assert saved("gpt.run.pt")["run"]["step"] == 120
     gpt.main(["--resume"])
-    assert saved() == uninterrupted[0]
+    assert saved() == uninterrupted and files() == "gpt.pt plays.txt"
 
 
-def test_an_earlier_model_stays_until_there_is_a_better_one_and_then_becomes_old(folder, monkeypatch, capsys):
+def test_a_run_that_has_not_ended_never_displaces_a_finished_model(folder, uninterrupted, capsys):
+    def write_and_be_killed(path, content, write=gpt.write):
+        write(path, content)
+        if Path(path).name == "gpt.pt":
+            raise PowerCut
+
     gpt.main([*FLAGS, "--steps", "2"])
-    earlier = Path("gpt.pt").read_bytes()
-    interrupt(RUN, after=59)
-    monkeypatch.setattr(torch, "compile", lambda model: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        gpt.main([*RUN, "--compile"])
-    with pytest.raises(SystemExit, match="not a finite number at step 2.*lower --lr"):
-        gpt.main([*FLAGS, "--steps", "9", "--lr", "1e30"])
-    assert Path("gpt.pt").read_bytes() == earlier and sorted(os.listdir()) == ["gpt.pt", "input.txt"]
-    capsys.readouterr()
-    gpt.main([*FLAGS, "--steps", "4", "--eval-every", "2"])
-    assert "gpt.pt.old" in capsys.readouterr().out and Path("gpt.pt.old").read_bytes() == earlier
+    finished = Path("gpt.pt").read_bytes()
+    power_cut(RUN, at=70)
+    unfinished = Path("gpt.run.pt").read_bytes()
+    power_cut(RUN, at=130)
+    assert "gpt.run.pt.old" in capsys.readouterr().out and Path("gpt.pt").read_bytes() == finished
+    assert Path("gpt.run.pt.old").read_bytes() == unfinished  # kept once, and not at each save
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(gpt, "write", write_and_be_killed)  # when it has all but ended
+        gpt.main(["--resume"])
+    assert saved() == uninterrupted and Path("gpt.run.pt").exists()
+    gpt.main(["--resume"])
+    assert "Counting gets 1.5" in capsys.readouterr().out and Path("gpt.pt.old").read_bytes() == finished
+    assert saved() == uninterrupted and files() == "gpt.pt gpt.pt.old gpt.run.pt.old input.txt"
 
 
 def test_the_best_model_is_kept_and_not_the_last(folder, monkeypatch):
     losses = iter([2.0, 3.0, 2.5])
     monkeypatch.setattr(gpt, "evaluate", lambda *arguments: next(losses))
-    interrupt([*FLAGS, "--steps", "30", "--eval-every", "10"], after=21)
-    found = torch.load("gpt.pt", weights_only=True)
-    assert same(gpt.load()[0].state_dict(), found["best"]) and not same(found["best"], found["model"])
+    power_cut([*FLAGS, "--steps", "30", "--eval-every", "10"], at=22)
+    found = torch.load("gpt.run.pt", weights_only=True)
+    best = gpt.load("gpt.run.pt")[0].state_dict()
+    assert same(best, found["model"]) and not same(best, found["run"]["weights"])
     model, _ = gpt.main(["--resume"])
-    assert same(model.state_dict(), found["best"]) and same(gpt.load()[0].state_dict(), found["best"])
-    finished = {"config", "characters", "model", "train_losses", "val_losses"}  # small enough to share
+    assert same(model.state_dict(), best) and same(gpt.load()[0].state_dict(), best)
+    finished = {"config", "vocabulary", "model", "train_losses", "val_losses"}  # small enough to share
     assert saved().keys() == finished and saved()["val_losses"] == [[10, 2.0], [20, 3.0], [30, 2.5]]
 
 
-def test_a_run_trains_on_nine_tenths_and_a_resumed_one_takes_new_settings(folder, monkeypatch):
-    train, seen = gpt.train, []
-
-    def note(model, optimizer, config, training, validation, start):
-        seen.extend([len(training), len(validation), start, config.lr, config.steps])
-        seen.extend(group["weight_decay"] for group in optimizer.param_groups)
-        return train(model, optimizer, config, training, validation, start)
-
-    interrupt([*FLAGS, "--steps", "9", "--eval-every", "2"], after=5)
-    monkeypatch.setattr(gpt, "train", note)
-    gpt.main(["--resume", "--weight-decay", "0.7", "--lr", "0.1", "--steps", "6"])
-    assert seen == [18_000, 2_000, 4, 0.1, 6, 0.7, 0.0]
-
-
-class Momentum(torch.optim.SGD):
-    """An optimizer as a fork might have it, whose state has a form of its own."""
-
-    def __init__(self, model, config):
-        super().__init__(model.parameters(), lr=config.lr, momentum=0.9)
-
-    def state_dict(self):
-        return {"mine": super().state_dict()}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state["mine"])
-
-
-def test_any_optimizer_and_any_tokenizer_can_take_their_place_and_be_resumed(folder, monkeypatch):
-    Path("input.txt").write_text("Fünf Äpfel für 日本 🎭\n" * 100, encoding="utf-8")
-    run = [*FLAGS, "--steps", "30", "--eval-every", "10"]
-    monkeypatch.setattr(gpt, "CharTokenizer", Bytes)
-    monkeypatch.setattr(gpt, "make_optimizer", Momentum)
-    gpt.main([*run, "--out", "whole.pt"])
-    interrupt(run, after=25)
+def test_a_full_disk_or_a_loss_that_is_not_finite_leaves_the_last_good_save(folder, uninterrupted):
+    full, cross_entropy = Mock(side_effect=OSError("no space left")), F.cross_entropy
+    nan = Mock(side_effect=lambda *inputs, **how: cross_entropy(*inputs, **how) * math.nan)
+    rows = [(RUN, os, "fsync", full, "no space left.* 60"), (["--resume"], F, "cross_entropy", nan, "--lr")]
+    for flags, place, name, fault, words in rows:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match=words) as stop:
+            during(flags, at=110, event=lambda: patch.setattr(place, name, fault))
+        assert stop.value.code.isprintable() and files() == "gpt.run.pt input.txt"
+        assert saved("gpt.run.pt")["run"]["step"] == 60
     gpt.main(["--resume"])
-    assert saved() == saved("whole.pt")
+    assert saved() == uninterrupted
 
 
-def test_a_run_can_be_started_in_a_thread(folder):
-    thread = threading.Thread(target=gpt.main, args=([*FLAGS, "--steps", "2"],))
-    thread.start()
-    thread.join()
-    gpt.load("gpt.pt")
+def test_a_run_trains_on_nine_tenths_and_a_resumed_one_takes_new_settings(folder, monkeypatch):
+    power_cut([*FLAGS, "--steps", "9", "--eval-every", "2"], at=6)
+    monkeypatch.setattr(gpt, "train", Mock(side_effect=gpt.train))
+    gpt.main(["--resume", "--weight-decay", "0.7", "--lr", "0.1", "--steps", "6"])
+    _, optimizer, config, training, validation, start = gpt.train.call_args.args
+    assert (len(training), len(validation), start, config.lr, config.steps) == (18_000, 2_000, 4, 0.1, 6)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.7, 0.0]
+
+
+def test_ctrl_c_in_python_gives_back_the_best_model_and_says_how_to_go_on(folder, uninterrupted, capsys):
+    model, _ = during(RUN, at=70, event=lambda: signal.raise_signal(signal.SIGINT))
+    found = torch.load("gpt.run.pt", weights_only=True)
+    assert found["run"]["step"] == 70 and same(found["model"], model.state_dict())
+    resume, write = re.findall(r"main\(.*\)", capsys.readouterr().out)
+    assert same(eval(write, vars(gpt))[0].state_dict(), model.state_dict())
+    eval(resume, vars(gpt))
+    assert saved() == uninterrupted
+
+
+def test_a_second_ctrl_c_does_not_wait_and_promises_nothing(folder, capsys):
+    model, _ = during(RUN, at=3, event=Mock(side_effect=KeyboardInterrupt))
+    out = capsys.readouterr().out
+    assert "Stopped." in out and "--resume" not in out and files() == "input.txt" and written(model)
 
 
 # ---------------------------------------------------------------- programs killed and started again
 
 
-# To import PyTorch takes seconds: so these processes, which print to files, are forked from one that has.
-
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="not all systems have such processes")
 
 
-def enter(argv, environment, name):
-    """What a process started by `Program` does."""
-    os.environ.update(environment)
-    gpt.RANK, gpt.WORLD_SIZE = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-    torch.set_num_threads(1)
-    sys.stdout, sys.stderr = open(f"{name}.out", "w"), open(f"{name}.err", "w")
-    gpt.main(argv)
+def program(*flags, **environment):
+    """Start gpt.py as a user would. It is killed after two minutes, lest a test wait for ever."""
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    run = subprocess.Popen([sys.executable, HERE / "gpt.py", *flags], env=os.environ | environment, **how)
+    limit = threading.Timer(120, run.kill)
+    limit.daemon = True  # does not keep pytest from ending
+    limit.start()
+    return run
 
 
-@cache
-def forkserver():
-    """A process that has imported PyTorch and this file already, and from which others are forked at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])  # PyTorch's optimizers import that as well
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(HERE))
-        multiprocessing.forkserver.ensure_running()
-    return context
-
-
-class Program:
-    """gpt.py started in a process of its own, in this folder, which can be watched and killed."""
-
-    def __init__(self, *argv, **environment):
-        self.name = f"../{random.getrandbits(64)}"
-        self.process = forkserver().Process(target=enter, args=(list(argv), environment, self.name))
-        self.process.start()
-
-    def kill_after(self, word, seconds, number):
-        """Wait until it has printed this word and for some time more, then send the signal."""
-        while self.process.is_alive() and not (
-            os.path.exists(f"{self.name}.out") and word in self.told("out")
-        ):
-            time.sleep(0.01)
-        time.sleep(seconds)
-        if self.process.is_alive():  # on a fast machine it may have ended already
-            os.kill(self.process.pid, number)
-
-    def told(self, end):
-        return Path(f"{self.name}.{end}").read_text(encoding="utf-8")
-
-    def end(self):
-        """Wait until it ends -> exit status (-9 if it was killed), output and errors."""
-        self.process.join()
-        return self.process.exitcode, self.told("out"), self.told("err")
+def end(run):
+    """Wait until a program ends -> exit status (-9 if it was killed), output and errors."""
+    out, err = run.communicate(timeout=150)
+    return run.returncode, out, err
 
 
 @only_linux
-def test_a_run_killed_at_any_moment_and_resumed_ends_the_same(folder, uninterrupted):
-    rng, flags, kills = random.Random(1), RUN, 0
-    for word in ("parameters", "val loss", "val loss"):
-        run = Program(*flags)
-        run.kill_after(word, rng.uniform(0, 0.1), signal.SIGKILL)
-        kills += run.end()[0] == -signal.SIGKILL
-        flags = ["--resume"] if Path("gpt.pt").exists() else RUN
-    status, out, err = Program("--resume").end()
-    assert kills >= 2 and (status, err) == (0, "")
-    assert (saved(), out.split("It writes:")[1]) == uninterrupted
-
-
-def test_ctrl_c_says_how_to_go_on(folder, uninterrupted, capsys):
-    interrupt(RUN, after=61, error=KeyboardInterrupt)
-    assert "python gpt.py --resume --out gpt.pt" in capsys.readouterr().out
-    gpt.main(["--resume"])
-    assert saved() == uninterrupted[0]
-
-
-def test_ctrl_c_before_the_first_save_is_done_promises_nothing(folder, monkeypatch, capsys):
-    monkeypatch.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(SystemExit):
-        gpt.main(RUN)
-    assert "Stopped." in capsys.readouterr().out.splitlines()
+def test_a_run_killed_or_stopped_by_ctrl_c_and_resumed_ends_the_same(folder, uninterrupted):
+    killed = program(*RUN, "--out", "my model.pt", RANK="1")  # RANK: left over from a cluster
+    assert any("step 100" in line for line in killed.stdout)
+    killed.kill()
+    assert end(killed)[0] == -signal.SIGKILL
+    stopped = program("--resume", "--out", "my model.pt")
+    assert any("val loss" in line for line in stopped.stdout)
+    stopped.send_signal(signal.SIGINT)
+    status, out, err = end(stopped)
+    assert (status, err) == (130, "")  # no warning either
+    resume, write = [shlex.split(line) for line in out.splitlines() if "--out" in line]  # as a shell does
+    assert resume[:2] == write[:2] == [sys.executable, str(HERE / "gpt.py")]
+    gpt.main(write[2:])
+    gpt.main(resume[2:])
+    assert saved("my model.pt") == uninterrupted
 
 
 @only_linux
 def test_a_closed_pipe_ends_writing_quietly(folder):
     gpt.main([*FLAGS, "--steps", "2"])
-    run = python(HERE / "gpt.py", "--generate", "--length", "200000", folder=folder)
-    run.stdout.read(10)
+    run = program("--generate", "--length", "20000")
     run.stdout.close()
-    assert (run.wait(), run.stderr.read()) == (0, "")
+    assert (run.wait(150), run.stderr.read()) == (0, "")
 
 
 @only_linux
 def test_two_processes_do_what_one_does_and_speak_with_one_voice(folder):
-    def start_two(*flags):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        both = [Program(*flags, "--device", "cpu", RANK=rank, **place) for rank in ("0", "1")]
-        return [one.end() for one in both]
-
-    flags = [*FLAGS, "--steps", "50", "--eval-every", "25"]
-    gpt.main([*flags, "--out", "one.pt"])
-    first, second = start_two(*flags, "--out", "two.pt")
-    assert (first[0], first[2]) == (0, "") and second == (0, "", "")
-    assert dict(saved("two.pt")["val_losses"]) == pytest.approx(dict(saved("one.pt")["val_losses"]), abs=1e-4)
-    first, second = start_two("--generate", "--out", "two.pt")
-    assert len(first[1]) > 20 and second == (0, "", "")
-    first, second = start_two(*flags, "--batch-size", "3")
-    assert first[2].count("\n") == 1 and "2 processes" in first[2] and second == (2, "", "")
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{20_000 + os.getpid() % 10_000}"}
+    flags = [*FLAGS, "--steps", "50", "--eval-every", "25", "--device", "cpu", "--out"]
+    first, second = [program(*flags, "two.pt", RANK=rank, **place) for rank in ("0", "1")]
+    gpt.main([*flags, "one.pt"])
+    status, out, err = end(first)
+    assert (status, err) == (0, "") and "val loss" in out and end(second) == (0, "", "")
+    one, two = saved("one.pt"), saved("two.pt")
+    assert two["train_losses"] == pytest.approx(one["train_losses"], abs=1e-4)
+    assert dict(two["val_losses"]) == pytest.approx(dict(one["val_losses"]), abs=1e-4)
 
 
 # ---------------------------------------------------------------- notebooks
 
 
-def test_the_file_runs_in_one_notebook_cell_and_fetches_its_text(tmp_path):
+def test_the_file_runs_in_one_notebook_cell_that_fetches_its_text_and_can_be_interrupted(folder):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     source = (HERE / "gpt.py").read_text(encoding="utf-8")
-    # The defaults would take minutes: a smaller model, and the text from this folder.
+    # The defaults would take minutes: a smaller model, and a short text from this folder.
     source = source.replace("main([] if", f"main({FLAGS + ['--steps', '4']} if")
-    source = source.replace(gpt.TEXT_URL, (HERE / "input.txt").as_uri())
-    more = [
-        "print('more' + ''.join(generate(model, tokenizer, length=7)))",
-        'main("--steps 2 --n-embd 8".split());',
-    ]
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in [source, *more]])
-    where = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources=where).execute()
+    source = source.replace(gpt.TEXT_URL, Path("input.txt").rename("short.txt").absolute().as_uri())
+    write = "print('more' + ''.join(generate(model, tokenizer, length=7)))"
+    stop = "import threading; threading.Timer(1, signal.raise_signal, [signal.SIGINT]).start()\n"
+    stop += f"model, tokenizer = main({FLAGS + ['--steps', '1000000']})"
+    cells = [nbformat.v4.new_code_cell(cell) for cell in (source, write, stop, write)]
+    book = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(book, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
     told = ["".join(output.get("text", "") for output in cell.outputs) for cell in book.cells]
-    assert "fetching Tiny Shakespeare" in told[0] and "val loss" in told[0]
-    assert (
-        told[1].startswith("more") and "val loss" in told[2] and not any("Warning" in text for text in told)
-    )
-    assert (tmp_path / "input.txt").read_text(encoding="utf-8") == TEXT
+    assert "fetching Tiny Shakespeare" in told[0] and "val loss" in told[0] and "main(['--resume'" in told[2]
+    assert told[1].startswith("more") and told[3].startswith("more") and "Warning" not in "".join(told)
+    assert Path("input.txt").read_text(encoding="utf-8") == TEXT[:20_000]
