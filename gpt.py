@@ -512,8 +512,8 @@ def get_batch(tokens, batch_size, block_size):
 # %% 7. Training
 # A *step* of training takes one batch and asks of each parameter: were it a little larger, by how much would
 # the loss rise or fall? All these numbers together are the *gradient*. How can one know that for 421,504
-# parameters at once? Work backwards, from the loss through everything that led to it (*back-
-# propagation*: Rumelhart et al., 1986). Here a weight of 3 goes through two steps:
+# parameters at once? Work backwards, from the loss through everything that led to it (*backpropagation*:
+# Rumelhart et al., 1986). Here a weight of 3 goes through two steps:
 #     forward     weight 3  ->  x = 2 * weight = 6  ->  loss = (x - 4) ** 2 = 4
 #     backward    the loss rises 2 * (x - 4) = 4 times as fast as x, and x 2 times as fast as the weight:
 #                 so the loss rises 4 * 2 = 8 times as fast as the weight
@@ -553,11 +553,11 @@ def get_batch(tokens, batch_size, block_size):
 # >>> weight.data
 # tensor([0.9000, 0.9000])
 #
-# *Weight decay*, the W in AdamW, also shrinks each weight in every step, by lr * weight_decay of its size. A
-# weight that many examples need is soon pushed back up; one that serves to know a single passage by heart is
-# not, and wears away. (That is one account; another is that decay keeps steps large beside the weights.) Only
-# matrices decay, the two tables among them. A normalization's scale is neutral at 1, not at 0; and biases and
-# scales are a hundredth of all parameters, too few to know much by heart.
+# *Weight decay*, the W in AdamW, also shrinks each weight in every step, by lr * weight_decay of its size.
+# The usual account: a weight that many examples need is soon pushed back up; one that serves to know a single
+# passage by heart wears away. Only matrices decay, the two tables among them. A normalization's scale is
+# neutral at 1, not at 0; and biases and scales are a hundredth of all parameters, too few to know much by
+# heart.
 def make_optimizer(model, config):
     """AdamW over all parameters of the model, with weight decay on the matrices alone."""
     matrices = dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=config.weight_decay)
@@ -737,7 +737,7 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 #     nanoGPT's recipe for a CPU                           1.904
 #     initial weights of 1 / sqrt(C)                       1.833    0.071 +- 0.004
 #     twice the learning rate, 2e-3                        1.780    0.052    0.002
-#     the head start                                       1.728    0.052    @HSSE
+#     the head start                                       1.728    0.052    0.005
 #     reading nearly twice the characters: our default     1.677    0.051    0.007
 # The *head start* is about initial weights again: the first block's heads begin by looking at the last few
 # characters (section 11). It is a beginning made by hand, and you need not call it training; without it, our
@@ -835,13 +835,12 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
         torch.manual_seed(seed * 1_000_003 + step)
         prompts, _ = get_batch(tokens, batch_size, T)  # (B, T)
         texts = write_batch(model, prompts, model.config.block_size - T)  # (B, block_size)
-        rewards = torch.tensor(
-            [float(reward(tokenizer.decode(text.tolist()))) for text in texts[:, T:]]
-        )  # (B,)
+        written = texts[:, T:]
+        rewards = torch.tensor([float(reward(tokenizer.decode(row.tolist()))) for row in written])  # (B,)
         advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-6)).to(texts.device)  # (B,)
 
         log_p = model(texts[:, :-1])[:, T - 1 :].log_softmax(-1)  # (B, written, V)
-        chosen = log_p.gather(2, texts[:, T:, None]).squeeze(2)  # (B, written) ln p of what it wrote
+        chosen = log_p.gather(2, written[:, :, None]).squeeze(2)  # (B, written) ln p of what it wrote
         with torch.no_grad():
             log_q = before(texts[:, :-1])[:, T - 1 :].log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -941,9 +940,8 @@ def shift(waves, angles):
     True
     """
     sin, cos = waves.chunk(2, dim=-1)  # (..., n) each
-    return torch.cat(
-        [sin * angles.cos() + cos * angles.sin(), cos * angles.cos() - sin * angles.sin()], dim=-1
-    )
+    sin_a, cos_a = angles.sin(), angles.cos()
+    return torch.cat([sin * cos_a + cos * sin_a, cos * cos_a - sin * sin_a], dim=-1)
 
 
 @torch.no_grad()
