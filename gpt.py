@@ -48,6 +48,11 @@ places. A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's t
 # %% 0. Settings
 # To look things up in: the sections explain their settings. All but vocab_size are also flags.
 
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C while PyTorch is being imported ends the program without a traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 import argparse
 import contextlib
 import copy
@@ -56,16 +61,12 @@ import io
 import math
 import os
 import shlex
-import signal
-import sys
 import time
 import urllib.request
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while PyTorch is being imported ends the program without a traceback
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch looks for numpy; we do without
 import torch
 from torch import nn
@@ -215,16 +216,16 @@ def split(tokens):
 # words, losses must be taken per character to be compared.)
 #
 # What can be had without any network? Count, in the training part, what follows each character, or each group
-# of two, three, four; let the longer group speak where it has been seen, and shorter ones fill in
-# (`counting`, section 12). That guesses the validation part with these losses. (Known: how many of the groups
-# in it, with the character to be guessed, occur in the training part.)
+# of two, three, four; let the longer group speak where it has been seen, and shorter ones fill in (by the
+# rule of Kneser and Ney, 1995: `counting`, section 12). That guesses the validation part with these losses.
+# (Known: how many of the groups in it, with the character to be guessed, occur in the training part.)
 #     characters before     0      1      2      3      4      5      6      7      9
 #     loss               3.37   2.53   2.12   1.78   1.65   1.60   1.60   1.60   1.62
 #     known              100%   100%    97%    93%    87%    77%    64%    50%    26%
 # After a q comes u: to know one character is worth 0.84. But the longer the group, the more often it is new,
-# and a longer memory than six gains nothing.
+# and by this rule a memory longer than six gains nothing.
 #
-# So 1.60 is the line to beat, and it takes two seconds. It is hard to beat: the small models of two
+# So 1.60 is a line to beat, and it takes two seconds. It is hard to beat: the small models of two
 # well-known tutorials come to 1.90 and 1.87, and tiny to 1.68. Only `small`, after twenty minutes, gets to
 # 1.55. A network can also learn what groups have in common. That takes longer, and goes further.
 
@@ -289,9 +290,10 @@ def attention_by_hand(query, key, value):
 
 # One look is not enough: it helps to watch the last letter and the speaker's name at the same time. So there
 # are several *heads*, each with a slice of query, key and value to itself, head_size = C / n_head numbers
-# wide. Here are tiny's eight after training, with a text that it has never seen. Where do they look from the
-# last character, the t of "delight"? (A line's end is written /.) Under the characters stand their attention
-# weights, in tenths; weights below a tenth are left out:
+# wide. Here are those of *tiny*, our default size, after training, in its two *blocks* (section 4), with a
+# text that it has never seen. Where do they look from the last character, the t of "delight"? (A line's end
+# is written /.) Under the characters stand their attention weights, in tenths; weights below a tenth are left
+# out:
 #     OLIVIA:/How say you to that, Malvolio?//MALVOLIO:/I marvel your ladyship takes delight
 #                                                                                         9   block 1, head 1
 #                                                                                        9    block 1, head 2
@@ -313,8 +315,7 @@ def attention_by_hand(query, key, value):
 # tensor([[1, 2],
 #         [5, 6]])
 #
-# Try: `is_causal=False` in Attention; the program finds out, and refuses. Take out its check in `speed_up`,
-# too (`if sees_ahead`), run `python gpt.py --steps 500`, and look at the loss, then at the text.
+# Try: `python gpt.py --n-head 1 --steps 500`, a single look, beside `python gpt.py --steps 500`.
 #
 # In PyTorch a layer is an `nn.Module`, an object with parameters, and `layer(x)` runs its `forward`.
 class Attention(nn.Module):
@@ -445,11 +446,10 @@ class Block(nn.Module):
 # it grow with the root of C, as in section 2. Random weights of standard deviation 1/sqrt(C) cancel that:
 # what comes out is about as large as what went in (LeCun et al., 1998). The tables get the same.
 #
-# This matters more than it seems. GPT-2 took 0.02 for all, which nearly suits its own widths, 768 to
-# 1,600 (0.036 to 0.025), but not ours, where 1 / sqrt(C) is 0.088. We looked at what comes of it: queries and
-# keys are a quarter as large, and their scores 0.05 where ours are 1. So softmax finds all positions alike,
-# and each head takes the mean of everything it sees. After 600 steps the loss is 2.32, with ours 2.03 (one
-# run).
+# This matters more than it seems. GPT-2 took 0.02 for all, which nearly suits its own width, but not ours,
+# where 1 / sqrt(C) is 0.088. We looked at what comes of it: scores are at first 0.05 where ours are 1, so
+# softmax finds all positions alike, and each head takes the mean of everything it sees. After 600 steps the
+# loss is 2.32, with ours 2.03 (one run).
 class GPT(nn.Module):
     """The whole model: tokens (B, T) -> logits (B, T, V), at each position for the token after it."""
 
@@ -460,7 +460,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # "weights of the position embedding"
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # "hidden": a list of layers
-        self.ln_f = nn.LayerNorm(config.n_embd)  # "final": normalizes what all blocks have made of the stream
+        self.ln_f = nn.LayerNorm(config.n_embd)  # "final": normalizes what the blocks have made
 
         rng = torch.Generator().manual_seed(config.seed)  # random numbers that can be repeated; see section 6
         for name, parameter in self.named_parameters():
@@ -530,8 +530,7 @@ def get_batch(tokens, batch_size, block_size):
 # So what does training cost? Going forward, each weight takes part in one multiplication and one addition for
 # each character, going backward in twice as many: 6 operations for each weight and character (Kaplan et al.,
 # 2020). For tiny that makes 7 trillion in all. Attention's scores come on top, for each character in
-# proportion to block_size. In memory, each parameter needs four numbers (itself, its gradient and the two
-# means below), and each layer its outputs, to go back through.
+# proportion to block_size.
 #
 # The *optimizer* then moves each parameter a little the other way: guess, measure, move, again. Plain
 # *gradient descent* moves a weight w by its gradient g times a small number, the *learning rate*:
@@ -573,12 +572,11 @@ def make_optimizer(model, config):
 #        0 |/______________'''--.
 #          0  290            2900  steps
 #
-# *Warm-up* (Goyal et al., 2017), the straight line, since first steps are blind: with a single batch behind
-# it, m / sqrt(s) is 1 or -1 for every weight, however little that batch has to say. *Cosine decay*
-# (Loshchilov and Hutter, 2017), half a cosine wave: large steps make the weights roughly right soon, small
-# ones settle them. Tiny needs only the fall; warm-up, weight decay and clipping (below) are insurance for
-# long runs of large models. Wider layers want smaller rates (Yang et al., 2022): we take 0.256 / n_embd for
-# everything.
+# *Cosine decay* (Loshchilov and Hutter, 2017), half a cosine wave, is what tiny needs: large steps make the
+# weights roughly right soon, small ones settle them. *Warm-up* (Goyal et al., 2017), the straight line, is
+# insurance for long runs of large models, like weight decay, and like clipping below: a first step is blind,
+# since after a single batch m / sqrt(s) is 1 or -1 for every weight, however little that batch has to say.
+# Wider layers want smaller rates (Yang et al., 2022): 0.256 / n_embd was found by trying.
 def learning_rate(step, config):
     """The learning rate of a step, counted from 0: a straight line up, half a cosine wave down.
 
@@ -606,8 +604,7 @@ def learning_rate(step, config):
 #         +----------------------------------------
 #         0         a quarter                 all steps
 # Dropout did not save it. More text helps; so does keeping the weights that were best. (Then the kept model's
-# loss flatters it a little, having been chosen by it.) A sequence's first characters have little before them
-# to go by: judged in sequences of 64 instead of 128, tiny is at 1.686 instead of 1.673.
+# loss flatters it a little, having been chosen by it.)
 @torch.no_grad()  # nothing is learned here, so PyTorch need not remember how the loss came about
 def evaluate(model, config, tokens):
     """Mean loss in nats per token over tokens (N,), read once, in sequences of block_size."""
@@ -731,8 +728,8 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # *recipe* is the rest: how its weights begin, what it is shown and how it learns. We trained tiny first by
 # the recipe that nanoGPT (Karpathy, 2022) gives for a CPU: weights drawn at 0.02, a rate that rises to 1e-3
 # and falls to a tenth of it, weight decay 0.1, 2,000 steps of 12 sequences of 64 characters. Then we changed
-# one main thing per row and kept the changes above. Validation losses, means of five runs (what +- means will
-# be told below):
+# one main thing per row and kept the changes above. Validation losses, means of five runs (+- is explained
+# below the table):
 #                                                           loss    lower by
 #     nanoGPT's recipe for a CPU                           1.904
 #     initial weights of 1 / sqrt(C)                       1.833    0.071 +- 0.004
@@ -742,43 +739,43 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # The *head start* is about initial weights again: the first block's heads begin by looking at the last few
 # characters (section 11). It is a beginning made by hand, and you need not call it training; without it, our
 # default ends at @NHS. (Warm-up, fall to 0 and weight decay came in with the head start, batches of 8
-# sequences of 128 with the last row. Each of these alone moved the loss by 0.007 at most.) So at equal
-# reading the recipe is worth 0.18, and 0.12 of it is two numbers.
-#
-# And the architecture? Nearly every part of GPT-2 has been improved since. Each of these took its place in
-# our default run, with as many parameters and all else the same:
-#     a normalization without means or shifts (RMSNorm, 2019)               @RMS
-#     an MLP with a gate: one layer's outputs times another's (2020)        @SWI
-#     positions as rotations of queries and keys (RoPE, 2021)               @ROT
-#     the three together                                                    @THREE
-# That is @GAIN lower than ours; half and twice the rate did not help them. (They were made for larger models,
-# where they may be worth more. RoPE has its own form of the head start.) Newer than AdamW is the optimizer
-# Muon (2024), which is recipe: alone @MUON, with the three @ALL. All are in the README, to be put in. Nor
-# does it matter much how many and how wide: with the same computation, from one block of width 192 to eight
-# of 64, all end within 0.04 of ours.
-#
-# What does lose much is to leave a part out, here without a head start on either side (@NHS): without
-# positions @NOWPE, without normalization @NOLN, with a single head @ONEHEAD; without attention @NOATT, just
-# what counting gets after one character.
-#
-# And the time? On two cores, with everything that a run does before and after it trains:
-# @TIMETABLE
-# So leaving out three blocks saves most of the time, and the recipe two thirds of the rest. There are limits.
-# Counting beats all of these. And with 10.8 million parameters, on a GPU, the recipe gains nothing here:
-# nanoGPT's own for that size comes to 1.611 before it overfits, our `medium` to 1.612 (one run each). Our
-# `small`, of 1.4 million, ends lower than both, at 1.55.
+# sequences of 128 with the last row. Each of these alone moved the loss by less than 0.01. Some of what it
+# gains, longer training gains as well.) So at equal reading the recipe is worth 0.18, and without the head
+# start 0.12, of two numbers.
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
 # it was 0.002, 0.006 and 0.013 higher. So run the same five seeds with and without a change, and compare the
 # mean difference, here 0.006 lower, with its *standard error*, the standard deviation of the five differences
-# divided by the root of 5, here 0.008 (above, the numbers behind +-). Five differences whose mean is less
+# divided by the root of 5, here 0.008 (the numbers behind +-). Five differences whose mean is less
 # than 2.8 standard errors may well be chance: don't believe them (Student, 1908).
 #
+# And the architecture? Nearly every part of GPT-2 has been improved since. Each of these took its place in
+# our default run, with as many parameters and all else the same:
+#                                                                          loss     lower by
+#     a normalization without means or shifts (RMSNorm, 2019)               @RMS
+#     an MLP with a gate: one layer's outputs times another's (2020)        @SWI
+#     positions as rotations of queries and keys (RoPE, 2021)               @ROT
+#     the three together                                                    @THREE
+# Half and twice the rate did not help the three, and put into nanoGPT's recipe instead they gain @UGAIN.
+# (They were made for larger models, where they may be worth more. RoPE has its own form of the head start;
+# the first two may be chance.) Newer than AdamW is the optimizer Muon (2024), which is recipe: alone @MUON,
+# with the three @ALL. All are in the README, to be put in. Nor does it matter much how many and how wide:
+# with the same computation, from one block of width 192 to eight of 64, all end within 0.04 of ours.
+#
+# What does lose much is to leave a part out, here without a head start on either side (@NHS): without
+# positions @NOWPE, without normalization @NOLN (at the same rate), without attention @NOATT, just what
+# counting gets after one character.
+#
+# And the time? On two cores, with everything that a run does before and after it trains: @TIMETABLE So from
+# four blocks to one, leaving out blocks saves most of the time, and the recipe two thirds of the rest. There
+# are limits. Counting beats all of these. And with 10.8 million parameters, on a GPU, we saw no difference,
+# in one run each: nanoGPT's recipe for that size comes to 1.611 before it overfits, our `medium` to 1.612.
+# Our `small`, of 1.4 million, ends lower than both, at 1.55.
+#
 # Nor do the exact numbers matter: a learning rate of 1.5e-3 or 3e-3, a third of the weight decay or twice as
-# much, each moved the loss by 0.004 at most. A good recipe is a plateau, not a peak. (It was found on a part
-# of the training text; but we have looked at the validation part often since, and our figures flatter us a
-# bit.)
+# much, made no difference that we could see. A good recipe is a plateau, not a peak. (It was found on a part
+# of the training text; but we have looked at the validation part often since, and our figures flatter us.)
 #
 # *The data* count, too. The validation part is nearly all one comedy. With 2,500 steps on everything, 1.14
 # million characters, tiny ends at 1.690; on the comedies alone, 0.44 million, at 1.718; on as much of the
@@ -796,15 +793,16 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 #
 # *Fine-tuning* trains it further on the kind of text wanted. A model of eight of our plays is at @FTB on
 # unseen parts of the other two, and after 300 more steps, on the rest of those two, at @FTA. A new model,
-# trained on those two alone, is at @FTN after 300 steps. What it learned from eight plays serves for others.
+# trained on those two alone, is at @FTN after 300 steps and at @FTL after 2,500. What was learned from eight
+# plays serves for others. (On the eight themselves, it goes from @FTOLDB to @FTOLDA: it forgets a little.)
 #
 # But often nobody has the texts that are wanted; one only knows a good one when one sees it. A *reward* is a
 # function that gives a text a number. *Reinforcement learning*: let the model write, and make likelier what
 # earned more than the average, unlikelier what earned less. We have a loss that makes a text likelier: -ln p
 # of its characters, as ever. Each text is now the model's own, and its loss is multiplied by its *advantage*:
-# how far its reward lies above the mean of the batch, in standard deviations. On average, a step on that loss
-# raises the mean reward (*policy gradient*: Williams, 1992): the gradient of p is p times the gradient of ln
-# p, and writing draws texts with just these p.
+# how far its reward lies above the mean of the batch, in standard deviations. So a text with advantage 1 is
+# learned as in any training, one with -1 is unlearned as much, and on average the reward rises (*policy
+# gradient*: Williams, 1992).
 #
 # The model will do anything for its reward, at any cost to all else. So it is kept on a *leash*: the loss
 # also has a term for how far its probabilities have moved from those it had before, the *KL divergence*
@@ -862,8 +860,7 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 #     kl = 0.1           @K3
 #     kl = 0             @K4
 # You get what you reward. We meant kind texts, and rewarded kind words: without a leash the model finds out
-# the difference (*reward hacking*) and forgets how to speak, as the loss shows. No temperature that we tried
-# does this: at 0.8 @T8 of the words are kind, at 0.5 @T5. @STOPS
+# the difference (*reward hacking*) and forgets how to speak, as the loss shows. @STOPS
 #
 # Try: another reward, any function of a text, such as its share of question marks.
 #
@@ -873,22 +870,20 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 #
 # *Scale.* GPT-2 has this file's architecture with word pieces, 124 million to 1.5 billion parameters, and 40
 # gigabytes of text (Radford et al., 2019). GPT-3 had 175 billion and read 300 billion tokens (Brown et al.,
-# 2020). Each tenfold of size, text or computation lowers the loss by a factor of its own, which stays about
-# the same over as much as seven orders of magnitude (Kaplan et al., 2020); and as computation grows, model
-# and text should grow alike (Hoffmann et al., 2022). And abilities come that nobody trained: shown a few
-# examples in its context, GPT-3 translates and adds.
+# 2020). Each tenfold of size, text or computation lowers the loss by a factor of its own, if the other two
+# don't hold it back, which stays about the same over as much as seven orders of magnitude (Kaplan et al.,
+# 2020); and as computation grows, model and text should grow alike (Hoffmann et al., 2022). And abilities
+# come that nobody had trained for: shown a few examples in its context, GPT-3 translates and adds.
 #
-# *Parts.* Today's open models keep the plan, with what the tables of section 9 list: rotations, RMSNorm, an
-# MLP with a gate (Touvron et al., 2023); heads that share keys and values, so that the cache stays small
-# (Ainslie et al., 2023); often many MLPs, of which each token uses one or a few (Fedus et al., 2022).
-#
-# *Data.* It is filtered, and what comes twice is taken out: a model trained on such text emits passages by
-# heart ten times less often (Lee et al., 2022).
+# *Parts and data.* Today's open models keep the plan, with the parts of section 9 (Touvron et al., 2023),
+# heads that share keys and values, and often many MLPs, of which each token uses one (Fedus et al., 2022) or
+# a few. Their text is filtered, and what comes twice is taken out: a model trained on the rest emits passages
+# by heart ten times less often (Lee et al., 2022).
 #
 # *From a continuer of texts to one that answers.* First fine-tuning: people write requests with good answers,
 # and the model goes on learning on those, so that what follows a request is an answer. Then a reward: people
 # compare answers, a second model learns to predict which they prefer, and its prediction is the reward, with
-# a leash like yours (Ouyang et al., 2022). Raters preferred the answers of such a model of 1.3 billion
+# a similar leash (Ouyang et al., 2022). Raters preferred the answers of such a model of 1.3 billion
 # parameters to those of GPT-3 with its 175 billion. Pull too hard at such a reward, and a better judge finds
 # the answers worse while the reward still rises (Gao et al., 2023): you have seen why. Where an answer can be
 # checked, as in mathematics, the check itself is the reward, and models learn to write long trains of thought
@@ -905,16 +900,16 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 
 
 # %% 11. The head start
-# For a second reading. Every model of text must first discover that the last few characters matter most. Ours
+# For a second reading. A model of text has to discover that the last few characters matter most. Ours
 # is given it: before any training, head d of the first block looks at the character d positions back, and at
 # the one C / 2 further back, 64 in tiny; training soon tells the two apart. The attention weights of the four
 # heads, from the t of "delight" in section 2:
 #     with a head start       0.50 at 1 back    0.30 at 2    0.34 at 3    0.70 at 4, the rest 64 further back
 #     without                 none of them above 0.09
 #
-# It is hard to discover, because character and position share one vector: a query about the position also
-# picks up the character. So tokens begin in the first three quarters of the channels, positions in the last,
-# and the first block's queries and keys read only positions, its values only tokens.
+# We think that it is hard to discover because character and position share one vector: a query about the
+# position also picks up the character. So tokens begin in the first three quarters of the channels, positions
+# in the last, and the first block's queries and keys read only positions, its values only tokens.
 #
 # Positions begin as waves: C / 8 of them, of different lengths, each given by its sine and cosine. Two waves,
 # four and eight positions long, would begin:
