@@ -7,8 +7,8 @@ A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained
 plays, with PyTorch alone, on a laptop. Its claim: for a small model on a laptop, how it is trained matters
 more than what newer parts it has, how many and how wide. The *loss* says how badly a model guesses the next
 character: lower is better. By the settings that nanoGPT, the best known code of this kind, gives for a laptop
-it comes to 1.90 in a minute and a half; half as large and trained our way for as long, to 1.68. What is newer
-in today's models than in GPT-2's design gains a fifth of that.
+it comes to 1.90 in a minute and a half; half as large and trained our way for as long, to 1.68. The parts of
+today's models that are newer than GPT-2's gain half as much, and trained our way, a fifth.
 
 It begins knowing no word. After a minute and a half of training it continues "HAMLET:" like this:
 
@@ -738,7 +738,7 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 #     reading nearly twice the characters: our default     1.677    0.051    0.007
 # The *head start* is about initial weights again: the first block's heads begin by looking at the last few
 # characters (section 11). It is a beginning made by hand, and you need not call it training; without it, our
-# default ends at @NHS. (Warm-up, fall to 0 and weight decay came in with the head start, batches of 8
+# default ends at 1.703. (Warm-up, fall to 0 and weight decay came in with the head start, batches of 8
 # sequences of 128 with the last row. Each of these alone moved the loss by less than 0.01. Some of what it
 # gains, longer training gains as well.) So at equal reading the recipe is worth 0.18, and without the head
 # start 0.12, of two numbers.
@@ -750,28 +750,38 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # divided by the root of 5, here 0.008 (the numbers behind +-). Five differences whose mean is less
 # than 2.8 standard errors may well be chance: don't believe them (Student, 1908).
 #
-# And the architecture? Nearly every part of GPT-2 has been improved since. Each of these took its place in
-# our default run, with as many parameters and all else the same:
-#                                                                          loss     lower by
-#     a normalization without means or shifts (RMSNorm, 2019)               @RMS
-#     an MLP with a gate: one layer's outputs times another's (2020)        @SWI
-#     positions as rotations of queries and keys (RoPE, 2021)               @ROT
-#     the three together                                                    @THREE
-# Half and twice the rate did not help the three, and put into nanoGPT's recipe instead they gain @UGAIN.
-# (They were made for larger models, where they may be worth more. RoPE has its own form of the head start;
-# the first two may be chance.) Newer than AdamW is the optimizer Muon (2024), which is recipe: alone @MUON,
-# with the three @ALL. All are in the README, to be put in. Nor does it matter much how many and how wide:
-# with the same computation, from one block of width 192 to eight of 64, all end within 0.04 of ours.
+# And the architecture? Nearly every part of GPT-2 has been improved since. Three of the newer ones: a
+# normalization without means or shifts (RMSNorm, 2019), an MLP with a gate, one layer's outputs times
+# another's (SwiGLU, 2020), and positions as rotations of queries and keys (RoPE, 2021). All three in place of
+# GPT-2's, with as many parameters, by either recipe:
+#                                   GPT-2's parts    the three       gain
+#     nanoGPT's recipe                  1.904           1.778       0.126
+#     our default                       1.677           1.633       0.044
+#     gain                              0.227           0.145
+# So the recipe gains more than the parts do, with old parts or new; but by a poor recipe good parts count for
+# more than by a good one, for they make up for some of the same. (By our recipe nearly all of it is RoPE,
+# with its own form of the head start. Half and twice the rate did not help the three. All were made for
+# larger models, where they may be worth more.) Newer than AdamW is the optimizer Muon (2024), which is
+# recipe: with the three it comes to 1.610. The README has them all, to be put in.
 #
-# What does lose much is to leave a part out, here without a head start on either side (@NHS): without
-# positions @NOWPE, without normalization @NOLN (at the same rate), without attention @NOATT, just what
+# How many blocks and how wide matters less: with the same computation, from one block of width 192 to eight
+# of 64, all end within 0.04 of ours.
+#
+# What does lose much is to leave a part out, here without a head start on either side (1.703): without
+# positions 2.20, without normalization 1.86 (at the same rate), without attention 2.53, just what
 # counting gets after one character.
 #
-# And the time? On two cores, with everything that a run does before and after it trains: @TIMETABLE So from
-# four blocks to one, leaving out blocks saves most of the time, and the recipe two thirds of the rest. There
-# are limits. Counting beats all of these. And with 10.8 million parameters, on a GPU, we saw no difference,
-# in one run each: nanoGPT's recipe for that size comes to 1.611 before it overfits, our `medium` to 1.612.
-# Our `small`, of 1.4 million, ends lower than both, at 1.55.
+# And the time? On two cores, from start to end:
+#     counting                                                2 s    1.60
+#     one block, our recipe                                  13 s    1.90
+#     one block, nanoGPT's recipe                            35 s    1.92
+#     the small model of the lecture "Let's build GPT"       80 s    1.87
+#     two blocks, our recipe: the default                    92 s    1.68
+#     four blocks, nanoGPT's recipe                          99 s    1.90
+# So from four blocks to one, leaving out blocks saves most of the time, and the recipe two thirds of the
+# rest. There are limits. Counting beats all of these. And with 10.8 million parameters, on a GPU, we saw no
+# difference, in one run each: nanoGPT's recipe for that size comes to 1.611 before it overfits, our `medium`
+# to 1.612. Our `small`, of 1.4 million, ends lower than both, at 1.55.
 #
 # Nor do the exact numbers matter: a learning rate of 1.5e-3 or 3e-3, a third of the weight decay or twice as
 # much, made no difference that we could see. A good recipe is a plateau, not a peak. (It was found on a part
@@ -791,10 +801,10 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # The model is finished. It continues texts, and how well is all that its loss has ever asked. What if one
 # wants something else from it? Then it learns on, in one of two ways.
 #
-# *Fine-tuning* trains it further on the kind of text wanted. A model of eight of our plays is at @FTB on
-# unseen parts of the other two, and after 300 more steps, on the rest of those two, at @FTA. A new model,
-# trained on those two alone, is at @FTN after 300 steps and at @FTL after 2,500. What was learned from eight
-# plays serves for others. (On the eight themselves, it goes from @FTOLDB to @FTOLDA: it forgets a little.)
+# *Fine-tuning* trains it further on the kind of text wanted. A model of eight of our plays is at 1.73 on
+# unseen parts of the other two, and after 300 more steps, on the rest of those two, at 1.57. A new model,
+# trained on those two alone, is at 1.91 after 300 steps and at 1.62 after 2,500. What was learned from eight
+# plays serves for others. (On the eight themselves, it goes from 1.52 to 1.59: it forgets a little.)
 #
 # But often nobody has the texts that are wanted; one only knows a good one when one sees it. A *reward* is a
 # function that gives a text a number. *Reinforcement learning*: let the model write, and make likelier what
@@ -852,15 +862,16 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 
 # Let us reward kindness: the share of written words that are kind ones, such as love, sweet, gentle, friend;
 # thirty of them (after Ziegler et al., 2019). The README has the cell; it takes two minutes. What comes of
-# it, mean of five runs, with beginnings from the validation part:
+# it, mean of five runs (kl = 1: of three), with beginnings from the validation part:
 #                     kind words   val loss   after "HAMLET:"
-#     before             @K0       1.673     Why man the enemy hither, bear a mine for answer.
-#     kl = 1             @K1
-#     kl = 0.3           @K2
-#     kl = 0.1           @K3
-#     kl = 0             @K4
+#     before             1.5%       1.673     Why man the enemy hither, bear a mine for answer.
+#     kl = 1             4.4%       1.678     Why lord, ade away there is. CORIN: And I am not thou
+#     kl = 0.3          11.7%       1.706     Why love cause, Gentler, I pray you bond of every me with
+#     kl = 0.1          57.8%       1.875     Aprulous heart, Gentler, good even heart honest love his
+#     kl = 0            99.6%       2.883     Why love love love love love love love love love love love
 # You get what you reward. We meant kind texts, and rewarded kind words: without a leash the model finds out
-# the difference (*reward hacking*) and forgets how to speak, as the loss shows. @STOPS
+# the difference (*reward hacking*) and forgets how to speak, as the loss shows. (Without it, but stopped at
+# 14% kind words, two runs came to 1.75: here the leash is more than a way to stop early.)
 #
 # Try: another reward, any function of a text, such as its share of question marks.
 #
