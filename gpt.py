@@ -804,7 +804,8 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # *Fine-tuning* trains it further on the kind of text wanted. A model of eight of our plays is at 1.73 on
 # unseen parts of the other two, and after 300 more steps, on the rest of those two, at 1.57. A new model,
 # trained on those two alone, is at 1.91 after 300 steps and at 1.62 after 2,500. What was learned from eight
-# plays serves for others. (On the eight themselves, it goes from 1.52 to 1.59: it forgets a little.)
+# plays serves for others. (Means of two runs. On the eight themselves, it goes from 1.52 to 1.59: it forgets
+# a little.)
 #
 # But often nobody has the texts that are wanted; one only knows a good one when one sees it. A *reward* is a
 # function that gives a text a number. *Reinforcement learning*: let the model write, and make likelier what
