@@ -768,7 +768,7 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # of 64, all end within 0.04 of ours.
 #
 # What does lose much is to leave a part out, here without a head start on either side (1.703): without
-# positions 2.20, without normalization 1.86 (at the same rate), without attention 2.53, just what
+# positions 2.20, without normalization 1.87 (at the same rate), without attention 2.53, just what
 # counting gets after one character.
 #
 # And the time? On two cores, from start to end:
