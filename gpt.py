@@ -34,7 +34,7 @@ about the input.txt that comes with it, ten plays; where there is none, another 
 
 Read on at section 1. You need Python, and no idea of neural networks. Lines that begin with >>> are examples
 with their results; test_gpt.py runs them. PyTorch computes with *tensors*, tables of numbers with any number
-of dimensions; with two dimensions one is a *matrix*, with a single one a *vector*. -1 means the last of them.
+of dimensions; with two it is a *matrix*, with a single one a *vector*. -1 means the last dimension.
 `.item()` turns a tensor into a Python number, `.long()` gives the 64-bit integers that PyTorch wants in
 places. A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
 
@@ -172,7 +172,7 @@ class CharTokenizer:
     """
 
     def __init__(self, vocabulary):
-        self.vocabulary = vocabulary  # all that a checkpoint keeps of a tokenizer
+        self.vocabulary = vocabulary  # all that it takes to make the same tokenizer again
         self.vocab_size = len(vocabulary)
         self.token_of = {character: token for token, character in enumerate(vocabulary)}
 
@@ -912,9 +912,9 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 
 
 # %% 11. The head start
-# For a second reading. A model of text has to discover that the last few characters matter most. Ours
-# is given it: before any training, head d of the first block looks at the character d positions back, and at
-# the one C / 2 further back, 64 in tiny; training soon tells the two apart. The attention weights of the four
+# For a second reading. A model of text has to discover that the last few characters matter most. Ours is
+# given it: before any training, head d of the first block looks at the character d positions back, and at the
+# one C / 2 further back, 64 in tiny; training soon tells the two apart. The attention weights of the four
 # heads, from the t of "delight" in section 2:
 #     with a head start       0.50 at 1 back    0.30 at 2    0.34 at 3    0.70 at 4, the rest 64 further back
 #     without                 none of them above 0.09
@@ -939,9 +939,9 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 def shift(waves, angles):
     """Move each wave along by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
 
-    >>> pace = torch.tensor([0.1, 0.5])  # two waves: their angles from one place to the next
+    >>> pace = torch.tensor([0.1, 0.5])  # two waves: their angles from one position to the next
     >>> angles = torch.arange(10)[:, None] * pace  # (10, 1) * (2,) -> (10, 2)
-    >>> waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (10, 4) of ten places
+    >>> waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (10, 4) of ten positions
     >>> key_row = torch.tensor([0.3, -0.5, 0.8, 0.1])
     >>> torch.allclose(waves[7] @ shift(key_row, 2 * pace), waves[5] @ key_row)
     True
@@ -1235,11 +1235,9 @@ class Run:
 
     def __init__(self, args, typed):
         """Finds all that can be wrong with what was typed. Raises OSError, ValueError, ImportError."""
-        self.out, self.plot, self.asked = (
-            Path(os.path.realpath(args.out)),
-            args.plot if RANK == 0 else None,
-            False,
-        )
+        self.asked = False  # whether Ctrl-C has been pressed
+        self.plot = args.plot if RANK == 0 else None
+        self.out = Path(os.path.realpath(args.out))  # where a link leads to
         self.file = self.out.with_suffix(".run.pt")
         if args.out.suffix != ".pt" or self.out.stem.endswith(".run") or self.out.is_dir():
             raise ValueError(f"--out {args.out} must be a file that ends in .pt, and not in .run.pt")
@@ -1428,7 +1426,7 @@ def main(argv=None):
         print(flush=True)
     except KeyboardInterrupt:
         say("\nStopped.")
-        if not args.generate and run.content["run"]["step"]:
+        if not args.generate and run.content["run"]["step"] and run.file.exists():
             model.load_state_dict(run.best)
             say("To go on, or to write with the best weights so far:")
             for flags in (["--resume", "--out", str(args.out)], ["--generate", "--out", str(run.file)]):

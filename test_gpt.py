@@ -706,6 +706,20 @@ def test_ctrl_c_in_python_gives_back_the_best_model_and_says_how_to_go_on(folder
     assert same(gpt.load()[0].state_dict(), best.state_dict())
 
 
+def test_ctrl_c_while_a_finished_model_writes_does_not_speak_of_going_on(folder, monkeypatch, capsys):
+    generate = gpt.generate
+
+    def interrupted_in_the_end(*arguments, **length):
+        if not length:  # the samples during the run are given one
+            raise KeyboardInterrupt
+        return generate(*arguments, **length)
+
+    monkeypatch.setattr(gpt, "generate", interrupted_in_the_end)
+    gpt.main([*FLAGS, "--steps", "2"])
+    told = capsys.readouterr().out
+    assert "is in gpt.pt" in told and "Stopped." in told and "--resume" not in told
+
+
 def test_a_second_ctrl_c_does_not_wait_and_promises_nothing(folder, capsys):
     model, _ = during(RUN, after=3, event=Mock(side_effect=KeyboardInterrupt))
     out = capsys.readouterr().out
