@@ -6,9 +6,9 @@
 A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained from scratch on Shakespeare's
 plays, with PyTorch alone, on a laptop. Its claim: for a small model on a laptop, how it is trained matters
 more than what newer parts it has, how many and how wide. The *loss* says how badly a model guesses the next
-character: lower is better. By the settings that nanoGPT, the best known code of this kind, gives for a laptop
-it comes to 1.90 in a minute and a half; half as large and trained our way for as long, to 1.68. The parts of
-today's models that are newer than GPT-2's gain half as much, and trained our way, a fifth.
+character: lower is better. With the settings that nanoGPT, the best known code of this kind, gives for a
+laptop it comes to 1.90 in a minute and a half; half as large and trained our way for as long, to 1.68. Better
+parts, as today's models have them, gain about half as much, or less.
 
 It begins knowing no word. After a minute and a half of training it continues "HAMLET:" like this:
 
@@ -218,16 +218,16 @@ def split(tokens):
 # What can be had without any network? Count, in the training part, what follows each character, or each group
 # of two, three, four; let the longer group speak where it has been seen, and shorter ones fill in (by the
 # rule of Kneser and Ney, 1995: `counting`, section 12). That guesses the validation part with these losses.
-# (Known: how many of the groups in it, with the character to be guessed, occur in the training part.)
+# (Known: the share of its groups, with the character to be guessed, that occur in the training part.)
 #     characters before     0      1      2      3      4      5      6      7      9
 #     loss               3.37   2.53   2.12   1.78   1.65   1.60   1.60   1.60   1.62
 #     known              100%   100%    97%    93%    87%    77%    64%    50%    26%
 # After a q comes u: to know one character is worth 0.84. But the longer the group, the more often it is new,
 # and by this rule a memory longer than six gains nothing.
 #
-# So 1.60 is a line to beat, and it takes two seconds. It is hard to beat: the small models of two
-# well-known tutorials come to 1.90 and 1.87, and tiny to 1.68. Only `small`, after twenty minutes, gets to
-# 1.55. A network can also learn what groups have in common. That takes longer, and goes further.
+# So 1.60 is the line to beat, and it takes two seconds. It is hard to beat: nanoGPT's small model comes to
+# 1.90, that of the lecture "Let's build GPT" to 1.87, tiny to 1.68. But counting stops there. A network also
+# learns what groups have in common, and goes on: `small`, after twenty minutes, gets to 1.55.
 
 
 # %% 2. Attention
@@ -305,13 +305,13 @@ def attention_by_hand(query, key, value):
 # the speaker: nobody told it that there are speakers, nor had it ever met a Malvolio. The other three spread
 # their looks, and what for we do not know.
 #
-# All heads are computed at once, in one tensor. `view` cuts a dimension into pieces, `permute` reorders
-# dimensions: here two positions with two heads of two numbers each become two heads of two positions.
+# All heads are computed at once, in one tensor. `view` cuts a dimension into pieces, `transpose` exchanges
+# two dimensions: here two positions with two heads of two numbers each become two heads of two positions.
 # >>> x = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])  # (T, C): one row for each position
 # >>> x.view(2, 2, 2)[1]  # (T, n_head, head_size): the second position, cut in two
 # tensor([[5, 6],
 #         [7, 8]])
-# >>> x.view(2, 2, 2).permute(1, 0, 2)[0]  # (n_head, T, head_size): the first head, at both positions
+# >>> x.view(2, 2, 2).transpose(0, 1)[0]  # (n_head, T, head_size): the first head, at both positions
 # tensor([[1, 2],
 #         [5, 6]])
 #
@@ -333,10 +333,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        # In tiny, (8, 128, 384) becomes (8, 128, 3, 4, 32). Then the 3 comes first, to be taken apart as q, k
-        # and v, and the heads come before the positions, so that each has a table of scores to itself.
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, n_head, head_size)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
+        qkv = self.c_attn(x).split(C, dim=2)  # (B, T, 3 * C) -> (B, T, C), three times
+        # Cut each into heads, and put the heads before the positions: each gets a table of scores to itself.
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in qkv)  # -1: what is left over
         if cache is not None:  # only for writing; skip it until section 8
             if self in cache:
                 assert T == 1, "one new character at a time"
@@ -362,7 +361,7 @@ class Attention(nn.Module):
 #
 # Why wider inside? Each of the inner numbers is one question to the position ("was a q last?") and, in the
 # second layer, what follows from a yes. There are more questions worth asking than there are channels. Four
-# times the width is a convention; with twice the width and longer training instead, tiny ends as low.
+# times the width is a convention.
 #
 # *Dropout* (Srivastava et al., 2014) sets a random share of a layer's outputs to 0, in training only, and
 # enlarges the rest so that sums stay as large. No part can then rely on a few others, so a text is harder to
@@ -393,7 +392,7 @@ class MLP(nn.Module):
 # The upper line is the *residual stream* (Elhage et al., 2021). The two places where it passes attention and
 # MLP by, the `x +` of the code, are *residual connections* (He et al., 2015). What a block does not touch
 # passes on unchanged, so a later block can build on what earlier ones found out. And in training the word of
-# what should change (the gradient, section 7) runs back the same way, undistorted, to the lowest block.
+# what should change runs back the same way, undistorted, to the lowest block (section 7).
 #
 # *Layer normalization* (Ba et al., 2016), ln_1 and ln_2, gives each vector mean 0 and *standard deviation* 1
 # (the root of the mean squared distance from the mean). So a layer gets input of the same size, however much
@@ -403,10 +402,10 @@ class MLP(nn.Module):
 # tensor([-1.2247,  0.0000,  1.2247])
 #
 # Why before the layer and not, as at first, after the sum? There it would rescale the stream itself, in every
-# block, and the undistorted way back would be gone: such models need a long, careful warm-up (Xiong et al.,
-# 2020). GPT-2 moved it to the front.
+# block, and the undistorted way back would be gone: such models learn only if they begin very slowly (Xiong
+# et al., 2020). GPT-2 moved it to the front.
 #
-# Try: leave out `x +` in Block, twice, and run 500 steps.
+# Try: leave out `x +` in Block, twice, and `python gpt.py --steps 500`.
 class Block(nn.Module):
     """Attention, then MLP, each normalized first and added to the stream. (B, T, C) -> (B, T, C)"""
 
@@ -443,13 +442,13 @@ class Block(nn.Module):
 # alike, and stay alike forever.
 #
 # How large should they be? Each number that a linear layer gives out is a sum of C products, and chance makes
-# it grow with the root of C, as in section 2. Random weights of standard deviation 1/sqrt(C) cancel that:
+# it grow with the root of C, as in section 2. Random weights of standard deviation 1 / sqrt(C) cancel that:
 # what comes out is about as large as what went in (LeCun et al., 1998). The tables get the same.
 #
-# This matters more than it seems. GPT-2 took 0.02 for all, which nearly suits its own width, but not ours,
-# where 1 / sqrt(C) is 0.088. We looked at what comes of it: scores are at first 0.05 where ours are 1, so
-# softmax finds all positions alike, and each head takes the mean of everything it sees. After 600 steps the
-# loss is 2.32, with ours 2.03 (one run).
+# This matters more than it seems. GPT-2 took 0.02 for all, which nearly suits its own width, but not ours:
+# with C = 128 each number of a query or key becomes 0.02 * sqrt(128) = 0.23 instead of 1, and their score
+# 0.23 * 0.23 = 0.05 of what it should be. Then softmax finds all positions alike, and each head takes the
+# mean of everything it sees. Training gets over that, but late (section 9).
 class GPT(nn.Module):
     """The whole model: tokens (B, T) -> logits (B, T, V), at each position for the token after it."""
 
@@ -519,33 +518,35 @@ def get_batch(tokens, batch_size, block_size):
 #                 so the loss rises 4 * 2 = 8 times as fast as the weight
 # That is the *chain rule*: the factors of the steps are multiplied, from the end to the beginning (and where
 # a number has gone two ways, what comes back on both is added). No step needs to know more than its own
-# factor and what has come back to it, so a formula of any length can be gone through backwards once, at about
-# twice the cost of going forwards. `loss.backward()` does that, and adds each parameter's number to `.grad`:
+# factor and what has come back to it, so a formula of any length can be gone through backwards once.
+# `loss.backward()` does that, and adds each parameter's number to its `.grad`:
 # >>> weight = nn.Parameter(torch.tensor(3.0))
 # >>> loss = (2 * weight - 4) ** 2
 # >>> loss.backward()
 # >>> weight.grad  # at 3.001 the loss is 4.008 instead of 4: it rises eight times as much as the weight
 # tensor(8.)
 #
-# So what does training cost? Going forward, each weight takes part in one multiplication and one addition for
-# each character, going backward in twice as many: 6 operations for each weight and character (Kaplan et al.,
-# 2020). For tiny that makes 7 trillion in all. Attention's scores come on top, for each character in
-# proportion to block_size.
+# What does that cost? Going forward, each weight takes part in one multiplication and one addition for each
+# character, going backward in twice as many: 6 operations for each weight and character (Kaplan et al.,
+# 2020), 7 trillion for tiny in all, and on top attention's scores, for each character in proportion to
+# block_size.
 #
 # The *optimizer* then moves each parameter a little the other way: guess, measure, move, again. Plain
 # *gradient descent* moves a weight w by its gradient g times a small number, the *learning rate*:
 #     w  <-  w - lr * g
 #
-# But single batches mislead, and in large models gradients differ: where one layer's are 100 and another's
-# 0.001, no rate suits both. *AdamW* (Kingma and Ba, 2015; Loshchilov and Hutter, 2019) keeps two running
-# means for each weight, and moves it by the first, divided by the root of the second:
+# But in large models gradients differ: where one weight's are 100 and another's 0.001, no rate suits both.
+# And a single batch misleads. *AdamW* (Kingma and Ba, 2015; Loshchilov and Hutter, 2019) asks two things of
+# each weight's gradients: which way do they point, on average, and how large are they? It keeps both as
+# running means, and divides the first by the root of the second:
 #     m  <-  0.9 m + 0.1 g                     which way, over the last 10 steps or so
 #     s  <-  beta2 s + (1 - beta2) g * g       how large, whatever its sign, over the last 100 or so
 #     w  <-  w - lr * m / sqrt(s)
 #
-# If g is 5 in every step, m comes to 5 and s to 25, so m / sqrt(s) is 1; so it is if g is always 0.001. If g
-# changes its sign from step to step, m stays near 0, and the weight where it is. (Both means start at 0;
-# AdamW makes up for that in the first steps.)
+# So how large a gradient is does not matter, only how much its steps agree. If g is 5 each time, m comes to 5
+# and s to 25: the weight moves by lr. If g is always 0.001, likewise. If g changes its sign from step to
+# step, m stays near 0, and the weight where it is. (In the first steps AdamW makes up for both starting at
+# 0.)
 # >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
 # >>> weight.grad = torch.tensor([100.0, 0.001])
 # >>> torch.optim.AdamW([weight], lr=0.1, weight_decay=0).step()
@@ -554,9 +555,8 @@ def get_batch(tokens, batch_size, block_size):
 #
 # *Weight decay*, the W in AdamW, also shrinks each weight in every step, by lr * weight_decay of its size.
 # The usual account: a weight that many examples need is soon pushed back up; one that serves to know a single
-# passage by heart wears away. Only matrices decay, the two tables among them. A normalization's scale is
-# neutral at 1, not at 0; and biases and scales are a hundredth of all parameters, too few to know much by
-# heart.
+# passage by heart wears away. Only matrices decay, the two tables among them: biases and scales are too few
+# to know much by heart, and a normalization's scale is neutral at 1, not at 0.
 def make_optimizer(model, config):
     """AdamW over all parameters of the model, with weight decay on the matrices alone."""
     matrices = dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=config.weight_decay)
@@ -572,11 +572,11 @@ def make_optimizer(model, config):
 #        0 |/______________'''--.
 #          0  290            2900  steps
 #
-# *Cosine decay* (Loshchilov and Hutter, 2017), half a cosine wave, is what tiny needs: large steps make the
-# weights roughly right soon, small ones settle them. *Warm-up* (Goyal et al., 2017), the straight line, is
-# insurance for long runs of large models, like weight decay, and like clipping below: a first step is blind,
-# since after a single batch m / sqrt(s) is 1 or -1 for every weight, however little that batch has to say.
-# Wider layers want smaller rates (Yang et al., 2022): 0.256 / n_embd was found by trying.
+# *Cosine decay* (Loshchilov and Hutter, 2017), half a cosine wave, is what counts for tiny: large steps make
+# the weights roughly right soon, small ones settle them. *Warm-up* (Goyal et al., 2017), the straight line,
+# is for larger models. Their first step is blind: after a single batch, m / sqrt(s) is 1 or -1 for every
+# weight, however little that batch has to say. And wider layers want smaller rates (Yang et al., 2022): 0.256
+# / n_embd is what we found by trying.
 def learning_rate(step, config):
     """The learning rate of a step, counted from 0: a straight line up, half a cosine wave down.
 
@@ -725,30 +725,18 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 
 # %% 9. The recipe
 # Back to the claim. The *architecture* is which parts a model has, how many of them, and how wide. The
-# *recipe* is the rest: how its weights begin, what it is shown and how it learns. We trained tiny first by
-# the recipe that nanoGPT (Karpathy, 2022) gives for a CPU: weights drawn at 0.02, a rate that rises to 1e-3
-# and falls to a tenth of it, weight decay 0.1, 2,000 steps of 12 sequences of 64 characters. Then we changed
-# one main thing per row and kept the changes above. Validation losses, means of five runs (+- is explained
-# below the table):
-#                                                           loss    lower by
-#     nanoGPT's recipe for a CPU                           1.904
-#     initial weights of 1 / sqrt(C)                       1.833    0.071 +- 0.004
-#     twice the learning rate, 2e-3                        1.780    0.052    0.002
-#     the head start                                       1.728    0.052    0.005
-#     reading nearly twice the characters: our default     1.677    0.051    0.007
-# The *head start* is about initial weights again: the first block's heads begin by looking at the last few
-# characters (section 11). It is a beginning made by hand, and you need not call it training; without it, our
-# default ends at 1.703. (Warm-up, fall to 0 and weight decay came in with the head start, batches of 8
-# sequences of 128 with the last row. Each of these alone moved the loss by less than 0.01. Some of what it
-# gains, longer training gains as well.) So at equal reading the recipe is worth 0.18, and without the head
-# start 0.12, of two numbers.
-#
-# *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
-# before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
-# it was 0.002, 0.006 and 0.013 higher. So run the same five seeds with and without a change, and compare the
-# mean difference, here 0.006 lower, with its *standard error*, the standard deviation of the five differences
-# divided by the root of 5, here 0.008 (the numbers behind +-). Five differences whose mean is less
-# than 2.8 standard errors may well be chance: don't believe them (Student, 1908).
+# *recipe* is the rest: how its weights begin, what it is shown and how it learns. We trained tiny by the
+# recipe that nanoGPT (Karpathy, 2022) gives for a CPU, then changed one thing after the other. Validation
+# losses, each the mean of five runs:
+#     nanoGPT's recipe for a CPU                            1.904
+#     initial weights of 1 / sqrt(C) instead of 0.02        1.833
+#     a learning rate of 2e-3 instead of 1e-3               1.780
+#     the head start                                        1.728
+#     reading nearly twice as much: our default             1.677
+# So half of what the recipe gains comes of two numbers. The *head start* is about initial weights again: the
+# first block's heads begin by looking at the last few characters (section 11). You need not call that
+# training; without it, our default ends at 1.703. (With these came smaller changes, such as warm-up and
+# weight decay, none of which alone moved the loss by 0.01.)
 #
 # And the architecture? Nearly every part of GPT-2 has been improved since. Three of the newer ones: a
 # normalization without means or shifts (RMSNorm, 2019), an MLP with a gate, one layer's outputs times
@@ -758,43 +746,41 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 #     nanoGPT's recipe                  1.904           1.778       0.126
 #     our default                       1.677           1.633       0.044
 #     gain                              0.227           0.145
-# So the recipe gains more than the parts do, with old parts or new; but by a poor recipe good parts count for
-# more than by a good one, for they make up for some of the same. (By our recipe nearly all of it is RoPE,
-# with its own form of the head start. Half and twice the rate did not help the three. All were made for
-# larger models, where they may be worth more.) Newer than AdamW is the optimizer Muon (2024), which is
-# recipe: with the three it comes to 1.610. The README has them all, to be put in.
-#
-# How many blocks and how wide matters less: with the same computation, from one block of width 192 to eight
-# of 64, all end within 0.04 of ours.
-#
-# What does lose much is to leave a part out, here without a head start on either side (1.703): without
-# positions 2.20, without normalization 1.87 (at the same rate), without attention 2.53, just what
+# So the recipe gains more than the parts, with old parts or new. And by a poor recipe good parts count for
+# more, for they make up for some of the same. (By ours, nearly all of it is RoPE. All three were made for
+# larger models, where they may be worth more. The README has them, to be put in.) How many blocks and how
+# wide matters less: with the same computation, from one block of width 192 to eight of 64, all end within
+# 0.04 of ours. But leave one part out, and much is lost: without the head start, which some of them carry,
+# 1.703 becomes 1.87 without normalization, 2.20 without positions, and 2.53 without attention, just what
 # counting gets after one character.
 #
-# And the time? On two cores, from start to end:
-#     counting                                                2 s    1.60
-#     one block, our recipe                                  13 s    1.90
-#     one block, nanoGPT's recipe                            35 s    1.92
-#     the small model of the lecture "Let's build GPT"       80 s    1.87
-#     two blocks, our recipe: the default                    92 s    1.68
-#     four blocks, nanoGPT's recipe                          99 s    1.90
-# So from four blocks to one, leaving out blocks saves most of the time, and the recipe two thirds of the
-# rest. There are limits. Counting beats all of these. And with 10.8 million parameters, on a GPU, we saw no
-# difference, in one run each: nanoGPT's recipe for that size comes to 1.611 before it overfits, our `medium`
-# to 1.612. Our `small`, of 1.4 million, ends lower than both, at 1.55.
+# *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
+# before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
+# it was 0.002, 0.006 and 0.013 higher. So run the same five seeds with and without a change, and compare the
+# mean difference, here 0.006, with its *standard error*: the standard deviation of the five differences
+# divided by the root of 5, here 0.008. Five differences whose mean is less than 2.8 standard errors may well
+# be chance, which goes beyond that once in twenty times (Student, 1908).
 #
-# Nor do the exact numbers matter: a learning rate of 1.5e-3 or 3e-3, a third of the weight decay or twice as
-# much, made no difference that we could see. A good recipe is a plateau, not a peak. (It was found on a part
-# of the training text; but we have looked at the validation part often since, and our figures flatter us.)
+# *And the time?* On two cores, nanoGPT's model of four blocks takes 99 seconds to its 1.90. A single block
+# takes 35 seconds by the same recipe, for 1.92, and 13 by ours, for 1.90: so leaving out blocks saves most of
+# the time, the recipe two thirds of the rest. The lecture's small model comes to 1.87 in 80 seconds, our
+# default to 1.68 in 92.
 #
-# *The data* count, too. The validation part is nearly all one comedy. With 2,500 steps on everything, 1.14
-# million characters, tiny ends at 1.690; on the comedies alone, 0.44 million, at 1.718; on as much of the
-# tragedies, at 1.801. Text like the one you want is worth more than other text.
+# There are limits. Counting beats all of these in two seconds. And with 10.8 million parameters, on a GPU, we
+# saw no difference, in one run each: nanoGPT's recipe for that size comes to 1.611 before it overfits, our
+# `medium` to 1.612. Nor do the exact numbers matter: half the learning rate more or a quarter less, a third
+# of the weight decay or twice as much, made no difference that we could see. A good recipe is a plateau, not
+# a peak. (It was found on a part of the training text; but we have looked at the validation part often since,
+# and our figures flatter us.)
+#
+# *The data* count, too. The validation part is nearly all one comedy. Trained on the comedies alone, tiny
+# ends at 1.718, on as much of the tragedies at 1.801; on everything, two and a half times as much, at 1.690
+# (2,500 steps). Text like the one you want is worth more than other text.
 #
 # *How large a model for the time one has?* In the same time, a larger model takes fewer steps. Of five
 # shapes, the best for an eighth of tiny's computation was one block of width 64; for a third, one of 96; for
 # all of it, two of 128. So with more time, take both a larger model and more steps (Hoffmann et al., 2022),
-# as long as there is text enough.
+# as long as there is text enough. How the best shape grows beyond that, four sizes cannot tell.
 
 
 # %% 10. After training
@@ -849,7 +835,7 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
         advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-6)).to(texts.device)  # (B,)
 
         log_p = model(texts[:, :-1])[:, T - 1 :].log_softmax(-1)  # (B, written, V)
-        chosen = log_p.gather(2, written[:, :, None]).squeeze(2)  # (B, written) ln p of what it wrote
+        chosen = log_p.gather(2, written[:, :, None]).squeeze(2)  # (B, written) of V, the one that it wrote
         with torch.no_grad():
             log_q = before(texts[:, :-1])[:, T - 1 :].log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -863,7 +849,7 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 
 # Let us reward kindness: the share of written words that are kind ones, such as love, sweet, gentle, friend;
 # thirty of them (after Ziegler et al., 2019). The README has the cell; it takes two minutes. What comes of
-# it, mean of five runs (kl = 1: of three), with beginnings from the validation part:
+# it, mean of five runs, with beginnings from the validation part:
 #                     kind words   val loss   after "HAMLET:"
 #     before             1.5%       1.673     Why man the enemy hither, bear a mine for answer.
 #     kl = 1             4.4%       1.678     Why lord, ade away there is. CORIN: And I am not thou
@@ -871,8 +857,7 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 #     kl = 0.1          57.8%       1.875     Aprulous heart, Gentler, good even heart honest love his
 #     kl = 0            99.6%       2.883     Why love love love love love love love love love love love
 # You get what you reward. We meant kind texts, and rewarded kind words: without a leash the model finds out
-# the difference (*reward hacking*) and forgets how to speak, as the loss shows. (Without it, but stopped at
-# 14% kind words, two runs came to 1.75: here the leash is more than a way to stop early.)
+# the difference (*reward hacking*) and forgets how to speak, as the loss shows.
 #
 # Try: another reward, any function of a text, such as its share of question marks.
 #
@@ -882,10 +867,10 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 #
 # *Scale.* GPT-2 has this file's architecture with word pieces, 124 million to 1.5 billion parameters, and 40
 # gigabytes of text (Radford et al., 2019). GPT-3 had 175 billion and read 300 billion tokens (Brown et al.,
-# 2020). Each tenfold of size, text or computation lowers the loss by a factor of its own, if the other two
-# don't hold it back, which stays about the same over as much as seven orders of magnitude (Kaplan et al.,
-# 2020); and as computation grows, model and text should grow alike (Hoffmann et al., 2022). And abilities
-# come that nobody had trained for: shown a few examples in its context, GPT-3 translates and adds.
+# 2020). Each tenfold of size, text or computation divides the loss by a fixed number, unless the other two
+# hold it back, over as much as seven orders of magnitude (Kaplan et al., 2020); as computation grows, model
+# and text should grow alike (Hoffmann et al., 2022). And abilities come that nobody had trained for: shown a
+# few examples in its context, GPT-3 translates and adds.
 #
 # *Parts and data.* Today's open models keep the plan, with the parts of section 9 (Touvron et al., 2023),
 # heads that share keys and values, and often many MLPs, of which each token uses one (Fedus et al., 2022) or
@@ -929,8 +914,8 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 #     4 long                 0, 1       1, 0         0, -1       -1, 0         0, 1
 #     8 long                 0, 1      0.7, 0.7      1, 0        0.7, -0.7     0, -1
 #     dot product with 0       2         0.7          -1          -0.7          0
-# Each position agrees best with itself; with C / 8 waves, hardly with any other until C / 2 further on. So a
-# query that holds the waves of a position finds that position.
+# Each position agrees best with itself; with C / 8 waves, only the one C / 2 further on looks much like it.
+# So a query that holds the waves of a position finds that position.
 #
 # To look two positions back, the query of position 7 must be like the key of position 5. `shift` moves waves
 # along: it turns those of position 5, by 2, into those of position 7. Shift two rows alike, and their dot
