@@ -5,10 +5,12 @@
 """
 A GPT-2 in one file: a small version of OpenAI's language model of 2019, trained from scratch on Shakespeare's
 plays, with PyTorch alone, on a laptop. Its claim: for a small model on a laptop, how it is trained matters
-more than what newer parts it has, how many and how wide. The *loss* says how badly a model guesses the next
-character: lower is better. With the settings that nanoGPT, the best known code of this kind, gives for a
-laptop it comes to 1.90 in a minute and a half; half as large and trained our way for as long, to 1.68. Better
-parts, as today's models have them, gain about half as much, or less.
+more than which newer parts it has.
+
+The *loss* says how badly a model guesses the next character: lower is better. The model that nanoGPT, the
+best known code of this kind, trains on a laptop comes to 1.90 in a minute and a half. Half as large and
+trained our way, for as long, ours comes to 1.68; a larger one, in twenty minutes, to 1.55. (Plain counting of
+what follows what, without any network, gets 1.60: section 1.)
 
 It begins knowing no word. After a minute and a half of training it continues "HAMLET:" like this:
 
@@ -33,14 +35,15 @@ about the input.txt that comes with it, ten plays; where there is none, another 
     The program   12 files and devices             13 the command line
 
 Read on at section 1. You need Python, and no idea of neural networks. Lines that begin with >>> are examples
-with their results; test_gpt.py runs them. PyTorch computes with *tensors*, tables of numbers with any number
-of dimensions; with two it is a *matrix*, with a single one a *vector*. -1 means the last dimension.
-`.item()` turns a tensor into a Python number, `.long()` gives the 64-bit integers that PyTorch wants in
-places. A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a line's tensors, before and after:
+with their results; test_gpt.py runs them. "Try" is for you: what comes of it stands in the README, after the
+exercises. PyTorch computes with *tensors*, tables of numbers with any number of dimensions; with two it is a
+*matrix*, with a single one a *vector*. -1 means the last dimension. `.item()` turns a tensor into a Python
+number, `.long()` gives the 64-bit integers that PyTorch wants in places. A comment such as `# (B, T) -> (B,
+T, C)` gives the shapes of a line's tensors, before and after:
 
     B  batch: how many pieces of text go through the model at once, each on its own
     T  time: how many characters each piece has, at most block_size
-    C  channels: how many numbers stand for one character inside the model, n_embd
+    C  channels: how many numbers stand for one character inside the model, its *width*, n_embd
     V  vocabulary: how many different characters there are, vocab_size
     N  how many characters a whole text has; M, where there is a second one
 """
@@ -97,7 +100,7 @@ class Config:
     beta2: float = setting(0.99, "how long AdamW remembers the size of the gradients", (0, 0.9999))
     grad_clip: float = setting(1.0, "longest gradient allowed", (1e-6, math.inf))
     dropout: float = setting(0.0, "share of outputs set to 0 in training", (0, 0.99))
-    head_start: bool = setting(True, "start with heads that look back", (0, 1))
+    head_start: bool = setting(True, "start with heads that look back", (0, 1), fixed=True)
     eval_every: int = setting(500, "steps between two evaluations")
     seed: int = setting(1337, "where all randomness comes from", (0, 10**12))
     # Its arithmetic (section 12), and the size of its vocabulary, which is counted and so has no flag.
@@ -144,10 +147,10 @@ def add_up(numbers):
 
 
 # %% 1. Text to numbers
-# A *model* is one long formula with a great many adjustable numbers, its *parameters*. *Training* finds out
-# for each parameter which way to move it so that the formula's guesses get better, and moves it a little,
-# again and again. A *neural network* is such a formula, put together from simple *layers*, one after the
-# other.
+# A *model* is one long formula with a great many adjustable numbers, its *parameters*. *Training* computes
+# for each of them whether the formula's guesses would get better or worse if it were a little larger (all
+# these answers together are the *gradient*), and moves it a little the better way, again and again. A *neural
+# network* is such a formula, put together from simple *layers*, one after the other.
 #
 # A formula computes with numbers. So we list all characters that occur in the text, the *vocabulary*; a
 # character's place in that list is its *token*. For "to be or not to be" the list is ' benort': a space is 0,
@@ -210,15 +213,17 @@ def split(tokens):
 #     p       1     0.5    0.1    0.01
 #     loss    0     0.69   2.30   4.61
 # The mean over a text is the *cross-entropy* (after Shannon, 1948), in *nats* for each character. One nat is
-# 1.44 bits, and e to the power of the loss says between how many equally likely characters the model
-# hesitates. An even guess among our 65 costs ln 65 = 4.17; tiny will end near 1.68, or 2.42 bits, as if it
-# hesitated among 5 or 6. (No model gets to 0, since no text can be foreseen; and where tokens are pieces of
-# words, losses must be taken per character to be compared.)
+# 1.44 bits, and e to the power of the loss, the *perplexity*, says between how many equally likely characters
+# the model hesitates. An even guess among our 65 costs ln 65 = 4.17; *tiny*, the model that `python gpt.py`
+# trains, will end near 1.68, or 2.42 bits, as if it hesitated among 5 or 6. (No model gets to 0, since no
+# text can be foreseen; and where tokens are pieces of words, losses must be taken per character to be
+# compared.)
 #
-# What can be had without any network? Count, in the training part, what follows each character, or each group
-# of two, three, four; let the longer group speak where it has been seen, and shorter ones fill in (by the
-# rule of Kneser and Ney, 1995: `counting`, section 12). That guesses the validation part with these losses.
-# (Known: the share of its groups, with the character to be guessed, that occur in the training part.)
+# What can be had without any network? Count, in the training part, what follows each character, each group of
+# two, of three, and so on. To guess, take the longest group that has been seen: what followed it has most to
+# say, and what followed shorter ones fills in where it saw little (`counting`, section 12, after Kneser and
+# Ney, 1995). That guesses the validation part with these losses. (Known: the share of its groups, with the
+# character to be guessed, that occur in the training part.)
 #     characters before     0      1      2      3      4      5      6      7      9
 #     loss               3.37   2.53   2.12   1.78   1.65   1.60   1.60   1.60   1.62
 #     known              100%   100%    97%    93%    87%    77%    64%    50%    26%
@@ -226,8 +231,9 @@ def split(tokens):
 # and by this rule a memory longer than six gains nothing.
 #
 # So 1.60 is the line to beat, and it takes two seconds. It is hard to beat: nanoGPT's small model comes to
-# 1.90, that of the lecture "Let's build GPT" to 1.87, tiny to 1.68. But counting stops there. A network also
-# learns what groups have in common, and goes on: `small`, after twenty minutes, gets to 1.55.
+# 1.90, that of the lecture "Let's build GPT" to 1.87, tiny to 1.68. But a table of counts knows nothing of a
+# group it has not seen. A network also learns what groups have in common, and goes on getting better:
+# `small`, after twenty minutes, gets to 1.55.
 
 
 # %% 2. Attention
@@ -290,7 +296,7 @@ def attention_by_hand(query, key, value):
 
 # One look is not enough: it helps to watch the last letter and the speaker's name at the same time. So there
 # are several *heads*, each with a slice of query, key and value to itself, head_size = C / n_head numbers
-# wide. Here are those of *tiny*, our default size, after training, in its two *blocks* (section 4), with a
+# wide. Here are those of tiny after training, in its two *blocks* (section 4), with a
 # text that it has never seen. Where do they look from the last character, the t of "delight"? (A line's end
 # is written /.) Under the characters stand their attention weights, in tenths; weights below a tenth are left
 # out:
@@ -315,7 +321,8 @@ def attention_by_hand(query, key, value):
 # tensor([[1, 2],
 #         [5, 6]])
 #
-# Try: `python gpt.py --n-head 1 --steps 500`, a single look, beside `python gpt.py --steps 500`.
+# Try: let it look back on 8 characters only, `python gpt.py --steps 500 --out try.pt --block-size 8
+# --batch-size 128`, beside `python gpt.py --steps 500 --out try.pt`.
 #
 # In PyTorch a layer is an `nn.Module`, an object with parameters, and `layer(x)` runs its `forward`.
 class Attention(nn.Module):
@@ -333,10 +340,11 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).split(C, dim=2)  # (B, T, 3 * C) -> (B, T, C), three times
-        # Cut each into heads, and put the heads before the positions: each gets a table of scores to itself.
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in qkv)  # -1: what is left over
-        if cache is not None:  # only for writing; skip it until section 8
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3 * C) -> (B, T, C), three times
+        # Cut each into heads (-1: by what is left, head_size), and put the heads before the positions, so
+        # that each has a table of scores to itself: (B, n_head, T, head_size).
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in (q, k, v))
+        if cache is not None:  # only for writing: skip these five lines until section 8
             if self in cache:
                 assert T == 1, "one new character at a time"
                 k = torch.cat([cache[self][0], k], dim=2)  # (B, n_head, earlier positions + T, head_size)
@@ -391,8 +399,8 @@ class MLP(nn.Module):
 #
 # The upper line is the *residual stream* (Elhage et al., 2021). The two places where it passes attention and
 # MLP by, the `x +` of the code, are *residual connections* (He et al., 2015). What a block does not touch
-# passes on unchanged, so a later block can build on what earlier ones found out. And in training the word of
-# what should change runs back the same way, undistorted, to the lowest block (section 7).
+# passes on unchanged, so a later block can build on what earlier ones found out. And in training
+# the corrections run back the same way, undistorted, to the lowest block (section 7).
 #
 # *Layer normalization* (Ba et al., 2016), ln_1 and ln_2, gives each vector mean 0 and *standard deviation* 1
 # (the root of the mean squared distance from the mean). So a layer gets input of the same size, however much
@@ -405,7 +413,7 @@ class MLP(nn.Module):
 # block, and the undistorted way back would be gone: such models learn only if they begin very slowly (Xiong
 # et al., 2020). GPT-2 moved it to the front.
 #
-# Try: leave out `x +` in Block, twice, and `python gpt.py --steps 500`.
+# Try: leave out `x +` in Block, twice, and `python gpt.py --steps 500 --out try.pt`.
 class Block(nn.Module):
     """Attention, then MLP, each normalized first and added to the stream. (B, T, C) -> (B, T, C)"""
 
@@ -443,12 +451,14 @@ class Block(nn.Module):
 #
 # How large should they be? Each number that a linear layer gives out is a sum of C products, and chance makes
 # it grow with the root of C, as in section 2. Random weights of standard deviation 1 / sqrt(C) cancel that:
-# what comes out is about as large as what went in (LeCun et al., 1998). The tables get the same.
+# what comes out is about as large as what went in (LeCun et al., 1998). (The MLP's second layer adds up 4 C,
+# but GELU has made those smaller.) The tables get the same, so that the first logits are about 1, too.
 #
-# This matters more than it seems. GPT-2 took 0.02 for all, which nearly suits its own width, but not ours:
-# with C = 128 each number of a query or key becomes 0.02 * sqrt(128) = 0.23 instead of 1, and their score
-# 0.23 * 0.23 = 0.05 of what it should be. Then softmax finds all positions alike, and each head takes the
-# mean of everything it sees. Training gets over that, but late (section 9).
+# This matters more than it seems. GPT-2 took 0.02 for nearly all, half of what its own width wants and a
+# quarter of what ours does, 0.088. What goes into a layer has been normalized, to numbers of about 1. With
+# 0.02 and C = 128, each number of a query or key is then 0.02 * sqrt(128) = 0.23 instead of 1, and a score
+# 0.23 * 0.23 = 0.05. So softmax finds all positions alike, and each head takes the mean of everything it
+# sees. Training gets over that, but late (section 9).
 class GPT(nn.Module):
     """The whole model: tokens (B, T) -> logits (B, T, V), at each position for the token after it."""
 
@@ -574,9 +584,9 @@ def make_optimizer(model, config):
 #
 # *Cosine decay* (Loshchilov and Hutter, 2017), half a cosine wave, is what counts for tiny: large steps make
 # the weights roughly right soon, small ones settle them. *Warm-up* (Goyal et al., 2017), the straight line,
-# is for larger models. Their first step is blind: after a single batch, m / sqrt(s) is 1 or -1 for every
-# weight, however little that batch has to say. And wider layers want smaller rates (Yang et al., 2022): 0.256
-# / n_embd is what we found by trying.
+# is for larger models and batches; tiny does as well without. The first step is blind: after a single batch,
+# m / sqrt(s) is 1 or -1 for every weight, however little that batch has to say. And wider layers want smaller
+# rates (Yang et al., 2022): 0.256 / n_embd is what we found by trying.
 def learning_rate(step, config):
     """The learning rate of a step, counted from 0: a straight line up, half a cosine wave down.
 
@@ -603,20 +613,20 @@ def learning_rate(step, config):
 #     0.6 |            ''''----........_________   training loss
 #         +----------------------------------------
 #         0         a quarter                 all steps
-# Dropout did not save it. More text helps; so does keeping the weights that were best. (Then the kept model's
-# loss flatters it a little, having been chosen by it.)
+# Dropout did not save it. More text helps; so does keeping the weights that were best. (The best of many
+# evaluations looks a little better than it is.)
 @torch.no_grad()  # nothing is learned here, so PyTorch need not remember how the loss came about
 def evaluate(model, config, tokens):
     """Mean loss in nats per token over tokens (N,), read once, in sequences of block_size."""
     model.eval()  # dropout off
     B, T, n = config.batch_size, config.block_size, len(tokens) - 1
-    tokens = torch.cat([tokens, tokens.new_zeros(-n % (B * T))]).long()  # filled up to whole batches
+    tokens = torch.cat([tokens, tokens.new_zeros(-n % (B * T))]).long()  # zeros fill up the last batch
     inputs, targets = tokens[:-1].view(-1, B, T), tokens[1:].view(-1, B, T)  # (batches, B, T)
     losses = torch.zeros(len(inputs), B * T, device=tokens.device)  # one for each target
     for i in range(RANK, len(inputs), WORLD_SIZE):  # alone: each batch
         logits = model(inputs[i])  # (B, T) -> (B, T, V)
         losses[i] = F.cross_entropy(logits.flatten(0, 1), targets[i].flatten(), reduction="none")
-    return add_up(losses).flatten()[:n].mean().item()  # what was filled up does not count
+    return add_up(losses).flatten()[:n].mean().item()  # without the zeros at the end
 
 
 def train(model, optimizer, config, training, validation, start=0):
@@ -650,7 +660,7 @@ def train(model, optimizer, config, training, validation, start=0):
 
 
 # What does all this come to? This is how our model, as it learns, continues "HAMLET:" on a new line:
-#     step    loss
+#     step    val loss
 #        0    4.75    EpzllaHYuczde:,LGyV-[RrzlW..agehy
 #      100    2.59    Ep:lYor thade paGe in anlou. neaeeitho house thit WoTist iu wissteriait mo
 #      500    1.95    What an the ene Give you surse a ming for age thy we with in with this make not.
@@ -659,7 +669,7 @@ def train(model, optimizer, config, training, validation, start=0):
 # above that would be the first sign of a mistake.) It learns which letters are common and how long words are,
 # then short words, then longer ones, and something like a sentence.
 #
-# Try: `python gpt.py --warmup 0 --final-lr 1 --steps 500`: neither warm-up nor decay.
+# Try: `python gpt.py --warmup 0 --final-lr 1 --steps 500 --out try.pt`, without warm-up and decay.
 
 
 # %% 8. Writing
@@ -787,24 +797,25 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # The model is finished. It continues texts, and how well is all that its loss has ever asked. What if one
 # wants something else from it? Then it learns on, in one of two ways.
 #
-# *Fine-tuning* trains it further on the kind of text wanted. A model of eight of our plays is at 1.73 on
-# unseen parts of the other two, and after 300 more steps, on the rest of those two, at 1.57. A new model,
-# trained on those two alone, is at 1.91 after 300 steps and at 1.62 after 2,500. What was learned from eight
-# plays serves for others. (Means of two runs. On the eight themselves, it goes from 1.52 to 1.59: it forgets
-# a little.)
+# *Fine-tuning* (`--init-from`) trains it further on the kind of text wanted. A model of eight of our plays is
+# at 1.73 on unseen parts of the other two, and after 300 more steps, on the rest of those two, at 1.57. A new
+# model, trained on those two alone, is at 1.91 after 300 steps and at 1.62 after 2,500. What was learned from
+# eight plays serves for others. (Means of two runs. On the eight themselves, it goes from 1.52 to 1.59: it
+# forgets a little.)
 #
 # But often nobody has the texts that are wanted; one only knows a good one when one sees it. A *reward* is a
 # function that gives a text a number. *Reinforcement learning*: let the model write, and make likelier what
 # earned more than the average, unlikelier what earned less. We have a loss that makes a text likelier: -ln p
 # of its characters, as ever. Each text is now the model's own, and its loss is multiplied by its *advantage*:
 # how far its reward lies above the mean of the batch, in standard deviations. So a text with advantage 1 is
-# learned as in any training, one with -1 is unlearned as much, and on average the reward rises (*policy
-# gradient*: Williams, 1992).
+# learned as in any training, one with -1 is pushed the other way, and step by step the mean reward rises
+# (*policy gradient*: Williams, 1992).
 #
-# The model will do anything for its reward, at any cost to all else. So it is kept on a *leash*: the loss
-# also has a term for how far its probabilities have moved from those it had before, the *KL divergence*
-# (Kullback and Leibler, 1951): ln p - ln q for each character it might write next, where p is its probability
-# now and q the one before, weighted by p.
+# The model will do anything for its reward, at any cost to all else. So it is kept on a *leash* (Ziegler et
+# al., 2019): the loss also has a term for how far its probabilities have moved from those before, the *KL
+# divergence* (Kullback and Leibler, 1951). For each character that might come next, take ln(p / q), where p
+# is its probability now and q the one before, and average these, weighted by p. If nothing has changed, that
+# is 0.
 @torch.no_grad()
 def write_batch(model, contexts, length):
     """Continue many contexts at once, by the model's own probabilities: (B, T) -> (B, T + length)."""
@@ -835,7 +846,7 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
         advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-6)).to(texts.device)  # (B,)
 
         log_p = model(texts[:, :-1])[:, T - 1 :].log_softmax(-1)  # (B, written, V)
-        chosen = log_p.gather(2, written[:, :, None]).squeeze(2)  # (B, written) of V, the one that it wrote
+        chosen = log_p.gather(2, written[:, :, None]).squeeze(2)  # (B, written) ln p of what it wrote
         with torch.no_grad():
             log_q = before(texts[:, :-1])[:, T - 1 :].log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -848,7 +859,7 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 
 
 # Let us reward kindness: the share of written words that are kind ones, such as love, sweet, gentle, friend;
-# thirty of them (after Ziegler et al., 2019). The README has the cell; it takes two minutes. What comes of
+# thirty of them. The README has the cell; it takes two minutes. What comes of
 # it, mean of five runs, with beginnings from the validation part:
 #                     kind words   val loss   after "HAMLET:"
 #     before             1.5%       1.673     Why man the enemy hither, bear a mine for answer.
@@ -856,8 +867,8 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 #     kl = 0.3          11.7%       1.706     Why love cause, Gentler, I pray you bond of every me with
 #     kl = 0.1          57.8%       1.875     Aprulous heart, Gentler, good even heart honest love his
 #     kl = 0            99.6%       2.883     Why love love love love love love love love love love love
-# You get what you reward. We meant kind texts, and rewarded kind words: without a leash the model finds out
-# the difference (*reward hacking*) and forgets how to speak, as the loss shows.
+# You get what you reward. We meant kind texts, and rewarded kind words: on a loose leash the model finds out
+# the difference (*reward hacking*), and without one it forgets how to speak, as the loss shows.
 #
 # Try: another reward, any function of a text, such as its share of question marks.
 #
@@ -868,24 +879,25 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 # *Scale.* GPT-2 has this file's architecture with word pieces, 124 million to 1.5 billion parameters, and 40
 # gigabytes of text (Radford et al., 2019). GPT-3 had 175 billion and read 300 billion tokens (Brown et al.,
 # 2020). Each tenfold of size, text or computation divides the loss by a fixed number, unless the other two
-# hold it back, over as much as seven orders of magnitude (Kaplan et al., 2020); as computation grows, model
-# and text should grow alike (Hoffmann et al., 2022). And abilities come that nobody had trained for: shown a
-# few examples in its context, GPT-3 translates and adds.
+# hold it back, over as much as seven orders of magnitude (Kaplan et al., 2020), on the way to a floor below
+# which no text can be foreseen; and as computation grows, model and text should grow alike (Hoffmann et al.,
+# 2022). And abilities come that it was not trained for separately: shown a few examples in its context, GPT-3
+# translates, and adds small numbers.
 #
-# *Parts and data.* Today's open models keep the plan, with the parts of section 9 (Touvron et al., 2023),
-# heads that share keys and values, and often many MLPs, of which each token uses one (Fedus et al., 2022) or
-# a few. Their text is filtered, and what comes twice is taken out: a model trained on the rest emits passages
-# by heart ten times less often (Lee et al., 2022).
+# *Parts and data.* Most of today's open models keep the plan, with the parts of section 9 (Touvron et al.,
+# 2023), heads that share keys and values (Ainslie et al., 2023), and often many MLPs, of which each token
+# uses one (Fedus et al., 2022) or a few. Their text is filtered, and what comes twice is taken out: a model
+# trained on the rest emits passages by heart ten times less often (Lee et al., 2022).
 #
 # *From a continuer of texts to one that answers.* First fine-tuning: people write requests with good answers,
 # and the model goes on learning on those, so that what follows a request is an answer. Then a reward: people
 # compare answers, a second model learns to predict which they prefer, and its prediction is the reward, with
 # a similar leash (Ouyang et al., 2022). Raters preferred the answers of such a model of 1.3 billion
 # parameters to those of GPT-3 with its 175 billion. Pull too hard at such a reward, and a better judge finds
-# the answers worse while the reward still rises (Gao et al., 2023): you have seen why. Where an answer can be
-# checked, as in mathematics, the check itself is the reward, and models learn to write long trains of thought
-# before they answer (DeepSeek-AI, 2025). The last two are the loop that you have read: write, judge, make
-# likelier.
+# the answers worse while the reward still rises (Gao et al., 2023): you have seen the like. Where an answer
+# can be checked, as in mathematics, the check itself is the reward, and models learn to write long trains of
+# thought before they answer (DeepSeek-AI, 2025). Whether people's preference rewards or a check, the loop is
+# the one that you have read: write, judge, make likelier.
 #
 # *What is not understood.* Why the loss falls so regularly. What most heads and channels do: some have been
 # read, such as the pairs of heads that find where the last characters stood before and copy what followed
@@ -914,13 +926,14 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 #     4 long                 0, 1       1, 0         0, -1       -1, 0         0, 1
 #     8 long                 0, 1      0.7, 0.7      1, 0        0.7, -0.7     0, -1
 #     dot product with 0       2         0.7          -1          -0.7          0
-# Each position agrees best with itself; with C / 8 waves, only the one C / 2 further on looks much like it.
+# Each position agrees best with itself; with C / 8 waves, only the one C / 2 further on looks the same.
 # So a query that holds the waves of a position finds that position.
 #
-# To look two positions back, the query of position 7 must be like the key of position 5. `shift` moves waves
-# along: it turns those of position 5, by 2, into those of position 7. Shift two rows alike, and their dot
-# product stays the same. So head 2's query weights begin as its key weights shifted by 2: what they make of
-# position 7 is what the key weights make of position 5, as the example shows.
+# To look two positions back, the query of position 7 must come out like the key of position 5. Both are made
+# from waves, by weights. `shift` turns waves by an angle: those of position 5, turned by two positions'
+# worth, are those of position 7. And where weights and waves are turned alike, their dot product stays what
+# it was. So head 2 begins with query weights that are its key weights turned by two positions: what they make
+# of position 7 is what the key weights make of position 5, as the example shows.
 def shift(waves, angles):
     """Move each wave along by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
 
@@ -1252,7 +1265,7 @@ class Run:
         self.device = pick_device(args.device)
         done, few = run["step"], len(self.validation) <= config.block_size
         for wrong, message in [
-            (changed, f"a trained model keeps its shape: {changed} can't be given"),
+            (changed, f"a trained model keeps these as they are: leave out {changed}"),
             ("steps" in typed and config.steps <= done, f"--steps {config.steps}: {done} are done already"),
             (config.batch_size % WORLD_SIZE, f"--batch-size must be a multiple of {WORLD_SIZE} processes"),
             (run.get("sha256", self.sha256) != self.sha256, f"{self.data} is not the text of {self.file}"),
