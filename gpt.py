@@ -537,8 +537,8 @@ def get_batch(tokens, batch_size, block_size):
 # tensor(8.)
 #
 # What does that cost? Going forward, each weight takes part in one multiplication and one addition for each
-# character, going backward in twice as many: 6 operations for each weight and character (Kaplan et al.,
-# 2020), 7 trillion for tiny in all, and on top attention's scores, for each character in proportion to
+# character; going backward, in twice as many. So a run takes 6 operations for each weight and each character
+# read (Kaplan et al., 2020): 7 trillion for tiny. Attention's scores come on top, in proportion to
 # block_size.
 #
 # The *optimizer* then moves each parameter a little the other way: guess, measure, move, again. Plain
@@ -553,10 +553,10 @@ def get_batch(tokens, batch_size, block_size):
 #     s  <-  beta2 s + (1 - beta2) g * g       how large, whatever its sign, over the last 100 or so
 #     w  <-  w - lr * m / sqrt(s)
 #
-# So how large a gradient is does not matter, only how much its steps agree. If g is 5 each time, m comes to 5
+# So how large a gradient is does not matter, only how far its signs agree. If g is 5 each time, m comes to 5
 # and s to 25: the weight moves by lr. If g is always 0.001, likewise. If g changes its sign from step to
-# step, m stays near 0, and the weight where it is. (In the first steps AdamW makes up for both starting at
-# 0.)
+# step, m stays near 0, and the weight where it is. (Both means start at 0; in the first steps AdamW makes up
+# for that.)
 # >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
 # >>> weight.grad = torch.tensor([100.0, 0.001])
 # >>> torch.optim.AdamW([weight], lr=0.1, weight_decay=0).step()
@@ -620,13 +620,14 @@ def evaluate(model, config, tokens):
     """Mean loss in nats per token over tokens (N,), read once, in sequences of block_size."""
     model.eval()  # dropout off
     B, T, n = config.batch_size, config.block_size, len(tokens) - 1
-    tokens = torch.cat([tokens, tokens.new_zeros(-n % (B * T))]).long()  # zeros fill up the last batch
+    # All batches are of one size: zeros fill up the last one, and do not count.
+    tokens = torch.cat([tokens, tokens.new_zeros(-n % (B * T))]).long()
     inputs, targets = tokens[:-1].view(-1, B, T), tokens[1:].view(-1, B, T)  # (batches, B, T)
     losses = torch.zeros(len(inputs), B * T, device=tokens.device)  # one for each target
-    for i in range(RANK, len(inputs), WORLD_SIZE):  # alone: each batch
+    for i in range(RANK, len(inputs), WORLD_SIZE):  # 0, 1, 2, ...; several processes take turns
         logits = model(inputs[i])  # (B, T) -> (B, T, V)
         losses[i] = F.cross_entropy(logits.flatten(0, 1), targets[i].flatten(), reduction="none")
-    return add_up(losses).flatten()[:n].mean().item()  # without the zeros at the end
+    return add_up(losses).flatten()[:n].mean().item()
 
 
 def train(model, optimizer, config, training, validation, start=0):
@@ -643,6 +644,7 @@ def train(model, optimizer, config, training, validation, start=0):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
 
+        # `share`, and `add_up` below, do nothing unless several processes train together.
         inputs, targets = share(get_batch(training, config.batch_size, config.block_size))  # (B, T) each
         logits = model(inputs)  # (B, T) -> (B, T, V)
         # Softmax, then the mean of -ln p of each target.
@@ -736,52 +738,54 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # %% 9. The recipe
 # Back to the claim. The *architecture* is which parts a model has, how many of them, and how wide. The
 # *recipe* is the rest: how its weights begin, what it is shown and how it learns. We trained tiny by the
-# recipe that nanoGPT (Karpathy, 2022) gives for a CPU, then changed one thing after the other. Validation
+# recipe that nanoGPT (Karpathy, 2022) gives for a CPU, then made one change after the other. Validation
 # losses, each the mean of five runs:
-#     nanoGPT's recipe for a CPU                            1.904
-#     initial weights of 1 / sqrt(C) instead of 0.02        1.833
-#     a learning rate of 2e-3 instead of 1e-3               1.780
-#     the head start                                        1.728
-#     reading nearly twice as much: our default             1.677
-# So half of what the recipe gains comes of two numbers. The *head start* is about initial weights again: the
-# first block's heads begin by looking at the last few characters (section 11). You need not call that
-# training; without it, our default ends at 1.703. (With these came smaller changes, such as warm-up and
-# weight decay, none of which alone moved the loss by 0.01.)
+#     nanoGPT's recipe for a CPU                                     1.904
+#     reading twice as much, just as much as our default reads       1.777
+#     initial weights of 1 / sqrt(C) instead of 0.02                 1.727
+#     our rate, length of sequences, warm-up and weight decay        1.703
+#     the head start: our default                                    1.677
+# The *head start* is about initial weights again: the first block's heads begin by looking at the last few
+# characters (section 11). You need not call that training. (Of the row above it no single change moved the
+# loss by more than chance can.) With half the reading the same changes are worth more, the initial weights
+# 0.07, the rate 0.05, the head start 0.05: a good recipe is above all a quick one.
 #
 # And the architecture? Nearly every part of GPT-2 has been improved since. Three of the newer ones: a
 # normalization without means or shifts (RMSNorm, 2019), an MLP with a gate, one layer's outputs times
 # another's (SwiGLU, 2020), and positions as rotations of queries and keys (RoPE, 2021). All three in place of
-# GPT-2's, with as many parameters, by either recipe:
+# GPT-2's, with as many parameters, by either recipe, at equal reading:
 #                                   GPT-2's parts    the three       gain
-#     nanoGPT's recipe                  1.904           1.778       0.126
-#     our default                       1.677           1.633       0.044
-#     gain                              0.227           0.145
-# So the recipe gains more than the parts, with old parts or new. And by a poor recipe good parts count for
-# more, for they make up for some of the same. (By ours, nearly all of it is RoPE. All three were made for
-# larger models, where they may be worth more. The README has them, to be put in.) How many blocks and how
-# wide matters less: with the same computation, from one block of width 192 to eight of 64, all end within
-# 0.04 of ours. But leave one part out, and much is lost: without the head start, which some of them carry,
-# 1.703 becomes 1.87 without normalization, 2.20 without positions, and 2.53 without attention, just what
-# counting gets after one character.
+#     nanoGPT's recipe                  1.777           1.724        0.05
+#     our default                       1.677           1.633        0.04
+#     gain                               0.10            0.09
+# So the recipe gains twice as much as the parts, with old parts or new, and the two add up. (By ours, nearly
+# all that the parts gain is RoPE. All three were made for larger models, where they may be worth more. The
+# README has them, to be put in.) How many blocks and how wide matters less: with the same computation, from
+# one block of width 192 to eight of 64, all end within 0.04 of ours. But a part that is missing costs more
+# than any of this: without the head start, which some of them carry, 1.703 becomes 1.87 without
+# normalization, 2.20 without positions, and 2.53 without attention, just what counting gets after one
+# character.
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
 # it was 0.002, 0.006 and 0.013 higher. So run the same five seeds with and without a change, and compare the
-# mean difference, here 0.006, with its *standard error*: the standard deviation of the five differences
+# mean difference, here 0.006, with its *standard error*: Python's `statistics.stdev` of the five differences,
 # divided by the root of 5, here 0.008. Five differences whose mean is less than 2.8 standard errors may well
-# be chance, which goes beyond that once in twenty times (Student, 1908).
+# be chance, which goes beyond that once in twenty times (Student, 1908). (All that the tables above call
+# gains are beyond it.)
 #
-# *And the time?* On two cores, nanoGPT's model of four blocks takes 99 seconds to its 1.90. A single block
-# takes 35 seconds by the same recipe, for 1.92, and 13 by ours, for 1.90: so leaving out blocks saves most of
-# the time, the recipe two thirds of the rest. The lecture's small model comes to 1.87 in 80 seconds, our
-# default to 1.68 in 92.
+# *And the time?* What a recipe gains in loss can be had as time instead: a run of only 1,000 steps comes to
+# 1.77, for which nanoGPT's recipe needs three times the reading. On two cores, nanoGPT's model of four blocks
+# takes 99 seconds to its 1.90, a single block by our recipe 13: leaving out blocks saves most of that, the
+# recipe two thirds of the rest. The lecture's model comes to 1.87 in 80 seconds, our default to 1.68 in 92.
 #
-# There are limits. Counting beats all of these in two seconds. And with 10.8 million parameters, on a GPU, we
-# saw no difference, in one run each: nanoGPT's recipe for that size comes to 1.611 before it overfits, our
-# `medium` to 1.612. Nor do the exact numbers matter: half the learning rate more or a quarter less, a third
-# of the weight decay or twice as much, made no difference that we could see. A good recipe is a plateau, not
-# a peak. (It was found on a part of the training text; but we have looked at the validation part often since,
-# and our figures flatter us.)
+# *The limits.* Counting beats all of these in two seconds. With 10.8 million parameters, on a GPU, we saw no
+# difference, in one run each: nanoGPT's recipe for that size comes to 1.611 before it overfits, our `medium`
+# to 1.612, and our `small` is better than both: a megabyte of text has no more to say to so many parameters.
+# And we have looked at the validation part often, so our figures flatter us. @ROT
+#
+# Nor do the exact numbers matter: half the learning rate more or a quarter less, a third of the weight decay
+# or twice as much, made no difference that we could see. A good recipe is a plateau, not a peak.
 #
 # *The data* count, too. The validation part is nearly all one comedy. Trained on the comedies alone, tiny
 # ends at 1.718, on as much of the tragedies at 1.801; on everything, two and a half times as much, at 1.690
@@ -790,7 +794,7 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # *How large a model for the time one has?* In the same time, a larger model takes fewer steps. Of five
 # shapes, the best for an eighth of tiny's computation was one block of width 64; for a third, one of 96; for
 # all of it, two of 128. So with more time, take both a larger model and more steps (Hoffmann et al., 2022),
-# as long as there is text enough. How the best shape grows beyond that, four sizes cannot tell.
+# as long as there is text enough. How fast each should grow, so few shapes cannot tell.
 
 
 # %% 10. After training
