@@ -742,7 +742,7 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # losses, each the mean of five runs:
 #     nanoGPT's recipe for a CPU                                     1.904
 #     reading twice as much, just as much as our default reads       1.777
-#     initial weights of 1 / sqrt(C) instead of 0.02                 1.727
+#     initial weights of 1 / sqrt(C) instead of 0.02                 1.726
 #     our rate, length of sequences, warm-up and weight decay        1.703
 #     the head start: our default                                    1.677
 # The *head start* is about initial weights again: the first block's heads begin by looking at the last few
