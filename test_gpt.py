@@ -682,12 +682,13 @@ def test_a_full_disk_or_a_loss_that_is_not_finite_leaves_the_last_good_save(fold
     assert saved() == uninterrupted
 
 
-def test_a_run_trains_on_nine_tenths_and_a_resumed_one_takes_new_settings(folder, monkeypatch):
+def test_a_run_trains_on_nine_tenths_and_a_resumed_one_takes_new_settings_and_keeps_them(folder, monkeypatch):
     power_cut([*FLAGS, "--steps", "9", "--eval-every", "2"], after=5)
+    power_cut(["--resume", "--weight-decay", "0.7", "--lr", "0.1", "--steps", "8"], after=7)
     monkeypatch.setattr(gpt, "train", Mock(side_effect=gpt.train))
-    gpt.main(["--resume", "--weight-decay", "0.7", "--lr", "0.1", "--steps", "6"])
+    gpt.main(["--resume"])
     _, optimizer, config, training, validation, start = gpt.train.call_args.args
-    assert (len(training), len(validation), start, config.lr, config.steps) == (18_000, 2_000, 4, 0.1, 6)
+    assert (len(training), len(validation), start, config.lr, config.steps) == (18_000, 2_000, 6, 0.1, 8)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.7, 0.0]
 
 
