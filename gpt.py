@@ -723,7 +723,8 @@ def probabilities(logits, temperature=1.0, top_k=0):
 #
 # When the context is full, there is no position left to give. If one character is dropped, all others move to
 # new positions, and their keys and values must be computed anew. So we drop the earlier half at once, send
-# the rest through afresh, and go on; a text can be of any length.
+# the rest through afresh, and go on; a text can be of any length. (It has no end of its own, since our text
+# has no sign for one. GPT-2 learned a token for it.)
 @torch.no_grad()
 def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, seed=1337):
     """Continue the prompt by `length` tokens: an iterator over characters, each as soon as it is made."""
@@ -754,11 +755,9 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 #     initial weights of 1 / sqrt(C) instead of 0.02                 1.726
 #     our rate, length of sequences, warm-up and weight decay        1.703
 #     the head start: our default                                    1.677
-# (In the fourth row, no single change moved the loss by more than chance can; half of its gain is the longer
-# context with which it is judged. The second row with twice its rate comes to 1.757.) The *head start* is
-# about initial weights again: the first block's heads begin by looking at the last few characters (section
-# 11). You need not call that training. With half the reading the same changes are worth more, the initial
-# weights 0.07, the rate 0.05, the head start 0.05: a good recipe is above all a quick one.
+# So reading more gains most, then how the weights begin. The *head start* is about that, too: the first
+# block's heads begin by looking at the last few characters (section 11). You need not call it training. (Of
+# the changes in the fourth row none alone gains more than chance can.)
 #
 # And the architecture? Nearly every part of GPT-2 has been improved since. Three of the newer ones: a
 # normalization without means or shifts (RMSNorm: Zhang and Sennrich, 2019), an MLP with a gate, one layer's
@@ -768,13 +767,12 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 #     nanoGPT's recipe                  1.777           1.724        0.05
 #     our default                       1.677           1.633        0.04
 #     gain                               0.10            0.09
-# So the recipe gains more than the parts, with old parts or new: 0.10, or 0.07 without the head start,
-# against 0.05; and the two add up. (By ours, nearly all that the parts gain is RoPE, with its own form of the
-# head start. All three are used in far larger models, where they may be worth more. The README has them, to
-# be put in.) How many blocks and how wide makes about as little difference: with the same computation, from
-# one block of width 192 to eight of 64, all end within 0.04 of ours. Only a missing part is another matter.
-# Measured without the head start, 1.703: no normalization 1.87, no positions 2.20, no attention 2.53, just
-# what counting gets after one character.
+# So our recipe gains 0.10, better parts gain 0.05, and the two add up. (To be fair: without the head start it
+# is 0.07; nanoGPT's recipe itself gains 0.02 from twice its rate; and the parts are used in far larger
+# models, where they may be worth more. The README has them, to be put in.) How many blocks and how wide makes
+# as little difference as the parts: with the same computation, from one block of width 192 to eight of 64,
+# all end within 0.04 of ours. Only a missing part is another matter. Measured without the head start, 1.703:
+# no normalization 1.87, no positions 2.20, no attention 2.53, just what counting gets after one character.
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
@@ -784,20 +782,18 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # be chance, which goes beyond that once in twenty times (Student, 1908). (All that the tables above call
 # gains are beyond it.)
 #
-# *And the time?* What a recipe gains in loss can be had as time instead: a run of only 1,000 steps comes to
-# 1.77, for which nanoGPT's recipe needs three times the reading. On two cores, nanoGPT's own model, of four
-# blocks, takes 99 seconds to 1.90; a single block takes 35 by its recipe, for 1.92, and 13 by ours, for 1.90.
-# The lecture's small model comes to 1.87 in 80 seconds, our default to 1.68 in 92.
+# *And the time?* A good recipe is above all a quick one: ours comes to 1.77 in 1,000 steps, for which
+# nanoGPT's needs three times the reading. On two cores, nanoGPT's own model, of four blocks, takes 99 seconds
+# to 1.90; a single block takes 35 by its recipe, for 1.92, and 13 by ours, for 1.90. The lecture's small
+# model comes to 1.87 in 80 seconds, our default to 1.68 in 92. The exact numbers hardly matter: half the rate
+# more or a quarter less, a third of the weight decay or twice as much, made no difference of 0.02, about the
+# least that five seeds can show. A good recipe is a plateau, not a peak.
 #
 # *The limits.* Counting beats all of these in two seconds. With 10.8 million parameters, on a GPU, we saw no
 # difference, in one run each: nanoGPT's recipe for that size comes to 1.611 and our `medium` to 1.612, then
 # they overfit; `small` ends lower. And we have looked at the validation part often, so our figures flatter
-# us. (Less than one might fear: on another tenth of the text, kept out instead and never looked at before,
+# us. (Not much, it seems: on another tenth of the text, kept out instead and never looked at before,
 # nanoGPT's recipe comes to 1.686 at equal reading, ours to 1.565.)
-#
-# Nor do the exact numbers matter: half the learning rate more or a quarter less, a third of the weight decay
-# or twice as much, made no difference of 0.02, about the least that five seeds can show. A good recipe is a
-# plateau, not a peak.
 #
 # *The data* count, too. The validation part is nearly all one comedy. Trained on the comedies alone, tiny
 # ends at 1.718, on as much of the tragedies at 1.801; on everything, two and a half times as much, at 1.690
@@ -815,10 +811,10 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # wants something else from it? Then it learns on, in one of two ways.
 #
 # *Fine-tuning* (`--init-from`) trains it further on the kind of text wanted. A model of eight of our plays is
-# at 1.73 on unseen parts of the other two, and after 300 more steps, on the rest of those two, at 1.57. A new
-# model, trained on those two alone, is at 1.91 after 300 steps and at 1.62 after 2,500. What was learned from
+# at 1.73 on unseen parts of the other two, and after 300 more steps, on the rest of those two, at 1.56. A new
+# model, trained on those two alone, is at 1.92 after 300 steps and at 1.62 after 2,500. What was learned from
 # eight plays serves for others. (Means of five runs. On the last tenth of the eight, it goes from 1.52 to
-# 1.59: it forgets a little.)
+# 1.58: it forgets.)
 #
 # But often nobody has the texts that are wanted; one only knows a good one when one sees it. A *reward* is a
 # function that gives a text a number. *Reinforcement learning*: let the model write, and make likelier what
