@@ -790,8 +790,8 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # least that five seeds can show. A good recipe is a plateau, not a peak.
 #
 # *The limits.* Counting beats all of these in two seconds. With 10.8 million parameters, on a GPU, we saw no
-# difference, in one run each: nanoGPT's recipe for that size comes to 1.611 and our `medium` to 1.612, then
-# they overfit; `small` ends lower. And we have looked at the validation part often, so our figures flatter
+# difference, in one run each: nanoGPT's recipe for that size comes to 1.611 and our `medium` to 1.612 before
+# they get worse; `small` ends lower. And we have looked at the validation part often, so our figures flatter
 # us. (Not much, it seems: on another tenth of the text, kept out instead and never looked at before,
 # nanoGPT's recipe comes to 1.686 at equal reading, ours to 1.565.)
 #
@@ -801,9 +801,9 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 #
 # *How large a model for the time one has?* In the same time, a larger model takes fewer steps. Of five
 # shapes, the best for a ninth of tiny's computation was one block of width 64; for a third, one of 96; for
-# all of it, two of 128, all with about the same number of steps. So with more time, take a larger model
-# first. (With text without end, model and steps should grow alike: Hoffmann et al., 2022. So few shapes
-# cannot tell how it is here.)
+# all of it, two of 128, all with about the same number of steps. So with more time, and a megabyte of text,
+# take a larger model first. (With text without end, model and steps should grow alike: Hoffmann et al., 2022.
+# Five shapes are too few for a law.)
 
 
 # %% 10. After training
@@ -1164,9 +1164,7 @@ def speed_up(model, batch):
     if config.dtype == "bfloat16" or (config.dtype == "auto" and new_gpu):
         network = BFloat16(model)
     if sees_ahead(network, batch[:1, :64]):
-        sys.exit(
-            f"gpt.py: on {device} this PyTorch lets a position see later ones. Update it, or --device cpu"
-        )
+        sys.exit(f"gpt.py: on {device} this PyTorch lets a position see later ones: try --device cpu")
     if WORLD_SIZE > 1:
         network = nn.parallel.DistributedDataParallel(network)
     if config.compile:
