@@ -8,9 +8,9 @@ plays, with PyTorch alone, on a laptop. Its claim: for a small model on a laptop
 more than which newer parts it has.
 
 The *loss* says how badly a model guesses the next character: lower is better. The model that nanoGPT, the
-best known code of this kind, trains on a laptop comes to 1.90 in a minute and a half. Half as large and
-trained our way, for as long, ours comes to 1.68; a larger one, in twenty minutes, to 1.55. (Plain counting of
-what follows what, without any network, gets 1.60: section 1.)
+best known code of this kind, trains on a laptop comes to 1.90 in a minute and a half. Ours, half as large and
+trained our way for as long, comes to 1.68; a larger one, in twenty minutes, to 1.55. (Plain counting of what
+follows what, without any network, gets 1.60: section 1.)
 
 It begins knowing no word. After a minute and a half of training it continues "HAMLET:" like this:
 
@@ -37,19 +37,19 @@ about the input.txt that comes with it, ten plays; where there is none, another 
 Read on at section 1. You need Python, and no idea of neural networks. Lines that begin with >>> are examples
 with their results; test_gpt.py runs them. "Try" is for you: what comes of it stands in the README, after the
 exercises. PyTorch computes with *tensors*, tables of numbers with any number of dimensions; with two it is a
-*matrix*, with a single one a *vector*. -1 means the last dimension. `.item()` turns a tensor into a Python
-number, `.long()` gives the 64-bit integers that PyTorch wants in places. A comment such as `# (B, T) -> (B,
-T, C)` gives the shapes of a line's tensors, before and after:
+*matrix*, with a single one a *vector*. `.item()` turns a tensor into a Python number, `.long()` gives the
+64-bit integers that PyTorch wants in places. A comment such as `# (B, T) -> (B, T, C)` gives the shapes of a
+line's tensors, before and after:
 
     B  batch: how many pieces of text go through the model at once, each on its own
     T  time: how many characters each piece has, at most block_size
     C  channels: how many numbers stand for one character inside the model, its *width*, n_embd
     V  vocabulary: how many different characters there are, vocab_size
-    N  how many characters a whole text has; M, where there is a second one
+    N  how many characters a whole text has
 """
 
 # %% 0. Settings
-# To look things up in: the sections explain their settings. All but vocab_size are also flags.
+# Skip this at first: the sections explain their settings. All but vocab_size are also flags.
 
 import signal
 import sys
@@ -222,8 +222,8 @@ def split(tokens):
 # What can be had without any network? Count, in the training part, what follows each character, each group of
 # two, of three, and so on. To guess, take the longest group that has been seen: what followed it has most to
 # say, and what followed shorter ones fills in where it saw little (`counting`, section 12, after Kneser and
-# Ney, 1995). That guesses the validation part with these losses. (Known: the share of its groups, with the
-# character to be guessed, that occur in the training part.)
+# Ney, 1995). That guesses the validation part with these losses. (Known: how many of the groups in it, with
+# the character to be guessed, have occurred in the training part.)
 #     characters before     0      1      2      3      4      5      6      7      9
 #     loss               3.37   2.53   2.12   1.78   1.65   1.60   1.60   1.60   1.62
 #     known              100%   100%    97%    93%    87%    77%    64%    50%    26%
@@ -288,7 +288,7 @@ def attention_by_hand(query, key, value):
     # random sign and about size 1, as at the start of training: they partly cancel, and chance alone gives
     # about 5.7, the root of 32. Softmax exaggerates: a score 5.7 ahead gets almost 300 times the weight.
     # Undivided, a position could stare at one random place before it had learned anything.
-    scores = scores / math.sqrt(query.size(-1))  # (T, T)
+    scores = scores / math.sqrt(query.size(-1))  # (T, T); -1 is the last dimension, here head_size
     ahead = torch.ones_like(scores).triu(1).bool()  # (T, T) true where column > row: above the diagonal
     attention_weights = scores.masked_fill(ahead, -math.inf).softmax(-1)  # (T, T) each row adds up to 1
     return attention_weights @ value  # (T, T) @ (T, head_size) -> (T, head_size)
@@ -456,10 +456,9 @@ class Block(nn.Module):
 #
 # This matters more than it seems. GPT-2 took 0.02 for nearly all, half of what its smallest width wants and a
 # quarter of what ours does, 0.088. What goes into a layer has been normalized, to numbers of about 1. With
-# 0.02 and C = 128, each number of a query or key is then 0.02 * sqrt(128) = 0.23 instead of 1, and a score
-# 0.23 * 0.23 = 0.05 (its sum of products is what the division in section 2 makes up for). So softmax finds
-# all positions alike, and each head takes the mean of everything it sees. Training gets over that, but late
-# (section 9).
+# 0.02, queries and keys come out at 0.02 * sqrt(128) = 0.23 of that size, and so scores, their products, at a
+# twentieth. Then softmax finds all positions alike, and each head takes the mean of everything it sees.
+# Training gets over that, but late (section 9).
 class GPT(nn.Module):
     """The whole model: tokens (B, T) -> logits (B, T, V), at each position for the token after it."""
 
@@ -530,7 +529,8 @@ def get_batch(tokens, batch_size, block_size):
 # That is the *chain rule*: the factors of the steps are multiplied, from the end to the beginning (and where
 # a number has gone two ways, what comes back on both is added). No step needs to know more than its own
 # factor and what has come back to it, so a formula of any length can be gone through backwards once.
-# `loss.backward()` does that, and adds each parameter's number to its `.grad`:
+# `loss.backward()` does that, since PyTorch has noted each step on the way forward, and adds each parameter's
+# number to its `.grad`:
 # >>> weight = nn.Parameter(torch.tensor(3.0))
 # >>> loss = (2 * weight - 4) ** 2
 # >>> loss.backward()
@@ -767,20 +767,20 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 #     nanoGPT's recipe                  1.777           1.724        0.05
 #     our default                       1.677           1.633        0.04
 #     gain                               0.10            0.09
-# So our recipe gains 0.10, better parts gain 0.05, and the two add up. (To be fair: without the head start it
-# is 0.07; nanoGPT's recipe itself gains 0.02 from twice its rate; and the parts are used in far larger
-# models, where they may be worth more. The README has them, to be put in.) How many blocks and how wide makes
-# as little difference as the parts: with the same computation, from one block of width 192 to eight of 64,
-# all end within 0.04 of ours. Only a missing part is another matter. Measured without the head start, 1.703:
-# no normalization 1.87, no positions 2.20, no attention 2.53, just what counting gets after one character.
+# So at equal reading our recipe gains 0.10, newer parts gain 0.05, and the two add up. (Leave out the head
+# start, and give nanoGPT's recipe twice its rate, and recipe and parts are about even. The parts are also
+# used in far larger models, where they may be worth more. The README has them, to be put in.) What gains most
+# is plain: to read more, and to begin well. How many blocks and how wide makes as little difference as the
+# parts: with the same computation, from one block of width 192 to eight of 64, all end within 0.04 of ours.
+# Only a missing part is another matter. Measured without the head start, 1.703: no normalization 1.87, no
+# positions 2.20, no attention 2.53, just what counting gets after one character.
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
 # it was 0.002, 0.006 and 0.013 higher. So run the same five seeds with and without a change, and compare the
 # mean difference, here 0.006, with its *standard error*: Python's `statistics.stdev` of the five differences,
-# divided by the root of 5, here 0.008. Five differences whose mean is less than 2.8 standard errors may well
-# be chance, which goes beyond that once in twenty times (Student, 1908). (All that the tables above call
-# gains are beyond it.)
+# divided by the root of 5, here 0.008. With five, chance alone exceeds 2.8 standard errors once in twenty
+# times (Student, 1908): believe nothing below. (All gains in the tables above are beyond it.)
 #
 # *And the time?* A good recipe is above all a quick one: ours comes to 1.77 in 1,000 steps, for which
 # nanoGPT's needs three times the reading. On two cores, nanoGPT's own model, of four blocks, takes 99 seconds
@@ -859,8 +859,9 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
         rewards = torch.tensor([float(reward(tokenizer.decode(row.tolist()))) for row in written])  # (B,)
         advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-6)).to(texts.device)  # (B,)
 
-        log_p = model(texts[:, :-1])[:, T - 1 :].log_softmax(-1)  # (B, written, V): T - 1 guesses T
-        chosen = log_p.gather(2, written[:, :, None]).squeeze(2)  # (B, written) ln p of what it wrote
+        # The output at T - 1 is a guess of the token at T, the first that was written.
+        log_p = model(texts[:, :-1])[:, T - 1 :].log_softmax(-1)  # (B, written, V)
+        chosen = log_p.gather(2, written[:, :, None]).squeeze(2)  # (B, written) ln p of the token it chose
         with torch.no_grad():
             log_q = before(texts[:, :-1])[:, T - 1 :].log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -892,10 +893,10 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 #
 # *Scale.* GPT-2 has this file's architecture with word pieces, 124 million to 1.5 billion parameters, and 40
 # gigabytes of text (Radford et al., 2019). GPT-3 had 175 billion and read 300 billion tokens (Brown et al.,
-# 2020). Each tenfold of size, text or computation divides the loss by about the same number, over as much as
-# seven orders of magnitude (Kaplan et al., 2020). None of the three helps alone for long: as computation
-# grows, model and text should grow alike (Hoffmann et al., 2022). And abilities come that it was not trained
-# for separately: shown a few examples in its context, GPT-3 translates, and adds small numbers.
+# 2020). Each tenfold of computation divides the loss by about the same number, over as much as seven orders
+# of magnitude (Kaplan et al., 2020), if model and text grow with it, and alike (Hoffmann et al., 2022). And
+# abilities come for which nobody trained the model: shown a few examples in its context, GPT-3
+# translates, and adds small numbers.
 #
 # *Parts and data.* Most of today's open models keep the plan, with the parts of section 9 (as LLaMA: Touvron
 # et al., 2023), heads that share keys and values (Ainslie et al., 2023), and often many MLPs, of which each
@@ -943,10 +944,11 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 # So a query that holds the waves of a position finds that position.
 #
 # To look two positions back, the query of position 7 must come out like the key of position 5. Both are made
-# from waves, by weights. `shift` turns waves by an angle: those of position 5, turned by two positions'
-# worth, are those of position 7. And where weights and waves are turned alike, their dot product stays what
-# it was. So head 2 begins with query weights that are its key weights turned by two positions: what they make
-# of position 7 is what the key weights make of position 5, as the example shows.
+# from waves, by weights. Think of each wave as the hand of a clock, its sine and cosine saying where it
+# points. From one position to the next it moves on; `shift` turns it. Turn two hands alike, and the angle
+# between them stays, and so does their dot product. So head 2 begins with query weights that are its key
+# weights turned by two positions: what they make of position 7 is what the key weights make of position 5, as
+# the example shows.
 def shift(waves, angles):
     """Move each wave along by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
 
