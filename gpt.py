@@ -220,10 +220,10 @@ def split(tokens):
 # be taken per character to be compared.)
 #
 # What can be had without any network? Count, in the training part, what follows each character, each group of
-# two, of three, and so on. To guess, take the longest group that has been seen: what followed it has most to
-# say, and what followed shorter ones fills in where it saw little (`counting`, section 12, after Kneser and
-# Ney, 1995). That guesses the validation part with these losses. (Known: how many of the groups in it, with
-# the character to be guessed, have occurred in the training part.)
+# two, of three, and so on. To guess, take the longest group that has been seen; the less often it was, the
+# more say have the shorter ones (`counting`, section 12, after Kneser and Ney, 1995). That guesses the
+# validation part with these losses. (Known: how many of the groups in it, with the character to be guessed,
+# have occurred in the training part.)
 #     characters before     0      1      2      3      4      5      6      7      9
 #     loss               3.37   2.53   2.12   1.78   1.65   1.60   1.60   1.60   1.62
 #     known              100%   100%    97%    93%    87%    77%    64%    50%    26%
@@ -449,16 +449,17 @@ class Block(nn.Module):
 # The *initial weights* are random. Were they equal, all rows of a matrix would give out the same, be changed
 # alike, and stay alike forever.
 #
-# How large should they be? Each number that a linear layer gives out is a sum of C products, and chance makes
-# it grow with the root of C, as in section 2. So ours come from a bell curve (`normal_`) of standard
-# deviation 1 / sqrt(C), and what comes out is about as large as what went in (LeCun et al., 1998). The tables
-# get the same, so that the first logits are about 1, too.
+# How large should they be? Each number that a linear layer gives out is a sum of C products (in the MLP's
+# second layer 4 C, but of numbers that GELU has made smaller), and chance makes it grow with the root of C,
+# as in section 2. So ours come from a bell curve (`normal_`) of standard deviation 1 / sqrt(C), and what
+# comes out is about as large as what went in (LeCun et al., 1998). The tables get the same, so that the first
+# logits are about 1, too.
 #
 # This matters more than it seems. GPT-2 took 0.02 for nearly all, half of what its smallest width wants and a
 # quarter of what ours does, 0.088. What goes into a layer has been normalized, to numbers of about 1. With
 # 0.02, queries and keys come out at 0.02 * sqrt(128) = 0.23 of that size, and so scores, their products, at a
 # twentieth. Then softmax finds all positions alike, and each head takes the mean of everything it sees.
-# Training gets over that, but late (section 9).
+# In section 9 that costs 0.05.
 class GPT(nn.Module):
     """The whole model: tokens (B, T) -> logits (B, T, V), at each position for the token after it."""
 
@@ -522,15 +523,15 @@ def get_batch(tokens, batch_size, block_size):
 # A *step* of training takes one batch and asks of each parameter: were it a little larger, how fast would the
 # loss rise or fall? All these numbers together are the gradient. How can one know that for 421,504 parameters
 # at once? Work backwards, from the loss through everything that led to it (*backpropagation*: Rumelhart et
-# al., 1986). Here a weight of 3 goes through two steps:
+# al., 1986). Here a weight of 3 goes through two operations:
 #     forward     weight 3  ->  x = 2 * weight = 6  ->  loss = (x - 4) ** 2 = 4
 #     backward    the loss rises 2 * (x - 4) = 4 times as fast as x, and x 2 times as fast as the weight:
 #                 so the loss rises 4 * 2 = 8 times as fast as the weight
-# That is the *chain rule*: the factors of the steps are multiplied, from the end to the beginning (and where
-# a number has gone two ways, what comes back on both is added). No step needs to know more than its own
+# That is the *chain rule*: the factors of the operations are multiplied, from the end to the beginning (and
+# where a number has gone two ways, what comes back on both is added). None needs to know more than its own
 # factor and what has come back to it, so a formula of any length can be gone through backwards once.
-# `loss.backward()` does that, since PyTorch has noted each step on the way forward, and adds each parameter's
-# number to its `.grad`:
+# `loss.backward()` does that, since PyTorch has noted each operation on the way forward, and adds each
+# parameter's number to its `.grad`:
 # >>> weight = nn.Parameter(torch.tensor(3.0))
 # >>> loss = (2 * weight - 4) ** 2
 # >>> loss.backward()
@@ -603,10 +604,11 @@ def learning_rate(step, config):
 
 
 # How good is the model? The *validation loss* is the one number to judge by: the mean over the whole
-# validation part, cut into sequences. While it falls together with the training loss, the model is learning
-# the language. When the training loss goes on falling and this one turns and rises, it is learning its text
-# by heart: *overfitting*. So it went with a far larger model, of 10.8 million parameters, that read our
-# training part 72 times, by nanoGPT's recipe for a GPU:
+# validation part, cut into sequences (each begins anew, so the longer they are, the kinder is the judge).
+# While it falls together with the training loss, the model is learning the language. When the training loss
+# goes on falling and this one turns and rises, it is learning its text by heart: *overfitting*. So it went
+# with a far larger model, of 10.8 million parameters, that read our training part 72 times, by nanoGPT's
+# recipe for a GPU:
 #     4.2 |\
 #         | \                                  ..--''   validation loss
 #     1.6 |  '.__........-------''''''
@@ -767,20 +769,21 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 #     nanoGPT's recipe                  1.777           1.724        0.05
 #     our default                       1.677           1.633        0.04
 #     gain                               0.10            0.09
-# So at equal reading our recipe gains 0.10, newer parts gain 0.05, and the two add up. (Leave out the head
-# start, and give nanoGPT's recipe twice its rate, and recipe and parts are about even. The parts are also
-# used in far larger models, where they may be worth more. The README has them, to be put in.) What gains most
-# is plain: to read more, and to begin well. How many blocks and how wide makes as little difference as the
-# parts: with the same computation, from one block of width 192 to eight of 64, all end within 0.04 of ours.
-# Only a missing part is another matter. Measured without the head start, 1.703: no normalization 1.87, no
-# positions 2.20, no attention 2.53, just what counting gets after one character.
+# So at equal reading our recipe gains 0.10, newer parts gain 0.05, and the two add up. Leave out the head
+# start, give nanoGPT's recipe twice its rate, and the recipe's gain is 0.05, too. (All this at this size: the
+# parts are used in far larger models, and may be worth more there. The README has them, to be put in.) What
+# gains most is plain: to read more, and to begin well. How many blocks and how wide makes as little
+# difference as the parts: with the same computation, from one block of width 192 to eight of 64, all end
+# within 0.04 of ours. Only a missing part is another matter. Measured without the head start, 1.703: no
+# normalization 1.87, no positions 2.20, no attention 2.53, just what counting gets after one character.
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
 # it was 0.002, 0.006 and 0.013 higher. So run the same five seeds with and without a change, and compare the
 # mean difference, here 0.006, with its *standard error*: Python's `statistics.stdev` of the five differences,
 # divided by the root of 5, here 0.008. With five, chance alone exceeds 2.8 standard errors once in twenty
-# times (Student, 1908): believe nothing below. (All gains in the tables above are beyond it.)
+# times (Student, 1908): believe nothing below, and of twenty changes that do nothing, one will still seem to
+# help. (All gains in the tables above are beyond it.)
 #
 # *And the time?* A good recipe is above all a quick one: ours comes to 1.77 in 1,000 steps, for which
 # nanoGPT's needs three times the reading. On two cores, nanoGPT's own model, of four blocks, takes 99 seconds
@@ -791,9 +794,10 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 #
 # *The limits.* Counting beats all of these in two seconds. With 10.8 million parameters, on a GPU, we saw no
 # difference, in one run each: nanoGPT's recipe for that size comes to 1.611 and our `medium` to 1.612 before
-# they get worse; `small` ends lower. And we have looked at the validation part often, so our figures flatter
-# us. (Not much, it seems: on another tenth of the text, kept out instead and never looked at before,
-# nanoGPT's recipe comes to 1.686 at equal reading, ours to 1.565.)
+# they get worse; counting and `small` are better. (On its own text, nanoGPT's README has 1.47.) And we have
+# looked at the validation part often, so our figures flatter us. (Not much, it seems: on another tenth of the
+# text, kept out instead and never looked at before, nanoGPT's recipe comes to 1.686 at equal reading, ours to
+# 1.565.)
 #
 # *The data* count, too. The validation part is nearly all one comedy. Trained on the comedies alone, tiny
 # ends at 1.718, on as much of the tragedies at 1.801; on everything, two and a half times as much, at 1.690
@@ -824,12 +828,12 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # not matter). So a text with advantage 1 is learned as in any training, one with -1 is pushed the other way,
 # and step by step the mean reward rises (*policy gradient*: Williams, 1992).
 #
-# The model will do anything for its reward, at any cost to all else. So it is kept on a *leash* (Ziegler et
-# al., 2019): the loss also has a term for how far its probabilities have moved from those before, the *KL
-# divergence* (Kullback and Leibler, 1951). For each character that might come next, take ln(p / q), where p
-# is its probability now and q the one before, and average these, weighted by p. If two characters had 0.5
-# each and now have 0.9 and 0.1, that is 0.9 * ln(0.9 / 0.5) + 0.1 * ln(0.1 / 0.5) = 0.37; if nothing has
-# changed, it is 0.
+# The model will do anything for its reward, at any cost to all else. So it is kept on a *leash* (after
+# Ziegler et al., 2019, who take it off the reward): the loss also has a term for how far its probabilities
+# have moved from those before, the *KL divergence* (Kullback and Leibler, 1951). For each character that
+# might come next, take ln(p / q), where p is its probability now and q the one before, and average these,
+# weighted by p. If two characters had 0.5 each and now have 0.9 and 0.1, that is 0.9 * ln(0.9 / 0.5) + 0.1 *
+# ln(0.1 / 0.5) = 0.37; if nothing has changed, it is 0.
 @torch.no_grad()
 def write_batch(model, contexts, length):
     """Continue many contexts at once, by the model's own probabilities: (B, T) -> (B, T + length)."""
@@ -924,9 +928,9 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 
 # %% 11. The head start
 # For a second reading. A model of text has to discover that the last few characters matter most. Ours is
-# given it: before any training, head d of the first block looks at the character d positions back, and at the
-# one C / 2 further back, 64 in tiny; after training, the near one is left. The attention weights of the four
-# heads, from the t of "delight" in section 2:
+# given it: before any training, head d of the first block looks at two places, d positions back and C / 2
+# further, 64 in tiny; after training, the near one is left (section 2). The attention weights of the four
+# heads before training, from the t of "delight":
 #     with a head start       0.50 at 1 back    0.30 at 2    0.34 at 3    0.70 at 4, the rest at 65 to 68
 #     without                 none of them above 0.09
 #
