@@ -812,7 +812,7 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 
 # %% 10. After training
 # The model is finished. It continues texts, and how well is all that its loss has ever asked. What if one
-# wants something else from it? Then it learns on, in one of two ways.
+# wants something else from it? Then it learns on, in one of two usual ways.
 #
 # *Fine-tuning* (`--init-from`) trains it further on the kind of text wanted. A model of eight of our plays is
 # at 1.73 on unseen parts of the other two, and after 300 more steps, on the rest of those two, at 1.56. A new
