@@ -931,8 +931,10 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 # given it: before any training, head d of the first block looks at two places, d positions back and C / 2
 # further, 64 in tiny; after training, the near one is left (section 2). The attention weights of the four
 # heads before training, from the t of "delight":
-#     with a head start       0.50 at 1 back    0.30 at 2    0.34 at 3    0.70 at 4, the rest at 65 to 68
-#     without                 none of them above 0.09
+#                           head 1        head 2        head 3        head 4
+#     with a head start     0.50 at 1     0.30 at 2     0.34 at 3     0.70 at 4     characters back
+#                           0.50 at 65    0.70 at 66    0.66 at 67    0.30 at 68
+#     without               nowhere more than 0.09
 #
 # We think that it is hard to discover because character and position share one vector: a query about the
 # position also picks up the character. So tokens begin in the first three quarters of the channels, positions
