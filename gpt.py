@@ -215,7 +215,7 @@ def split(tokens):
 # The mean over a text is the *cross-entropy* (after Shannon, 1948), in *nats* for each character. One nat is
 # 1.44 bits, and e to the power of the loss, the *perplexity*, says between how many equally likely characters
 # the model hesitates. An even guess among our 65 costs ln 65 = 4.17; *tiny*, the model that `python gpt.py`
-# trains, will end near 1.68 (its seed moves that by 0.01), or 2.42 bits, as if it hesitated among 5 or 6. (No
+# trains, will end near 1.68 (by chance 0.01 more or less), or 2.42 bits, as if it hesitated among 5 or 6. (No
 # model gets to 0 on a new text, since none can be foreseen; and where tokens are pieces of words, losses must
 # be taken per character to be compared.)
 #
@@ -231,9 +231,9 @@ def split(tokens):
 # and by this rule a memory longer than five or six gains nothing.
 #
 # So 1.60 is the line to beat, and it takes two seconds. It is hard to beat: on our text, nanoGPT's small
-# model comes to 1.90, the lecture's ("Let's build GPT") to 1.87, tiny to 1.68. But a table of counts knows
-# nothing of a group it has not seen. A network also learns what groups have in common, and can get further:
-# `small`, after twenty minutes, to 1.55.
+# model comes to 1.90, the lecture's ("Let's build GPT") to 1.87, tiny to 1.68. But a table of counts takes
+# each group by itself. A network also learns what groups have in common, and can get further: `small`, a
+# larger model of ours, after twenty minutes, to 1.55.
 
 
 # %% 2. Attention
@@ -296,10 +296,9 @@ def attention_by_hand(query, key, value):
 
 # One look is not enough: it helps to watch the last letter and the speaker's name at the same time. So there
 # are several *heads*, each with a slice of query, key and value to itself, head_size = C / n_head numbers
-# wide. Here are those of tiny after training, in its two *blocks* (section 4), with a
-# text that it has never seen. Where do they look from the last character, the t of "delight"? (A line's end
-# is written /.) Under the characters stand their attention weights, in tenths; weights below a tenth are left
-# out:
+# wide. Here are those of tiny after training, in its two *blocks* (section 4), with a text that it has never
+# seen. Where do they look from the last character, the t of "delight"? (A line's end is written /.) Under the
+# characters stand their attention weights, in tenths; weights below a tenth are left out:
 #     OLIVIA:/How say you to that, Malvolio?//MALVOLIO:/I marvel your ladyship takes delight
 #                                                                                         9   block 1, head 1
 #                                                                                        9    block 1, head 2
@@ -391,8 +390,8 @@ class MLP(nn.Module):
 
 # %% 4. The block
 # A *block* is one round of "look around, then think", and a stack of them a *transformer*, the T in GPT (a
-# generative pre-trained transformer: one that writes, and is trained on text in advance).
-# Neither attention nor the MLP replaces the vectors. Both add to them:
+# generative pre-trained transformer: one that writes, and is trained on text in advance). Neither attention
+# nor the MLP replaces the vectors. Both add to them:
 #     x ---+---------------------------> + ---+---------------------> + --->
 #          |                             ^    |                       ^
 #          +--> ln_1 ---> attention -----+    +--> ln_2 ---> MLP -----+
@@ -603,6 +602,16 @@ def learning_rate(step, config):
     return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
 
 
+# Now everything is there. The loop of all training, without its trimmings (`train`, below, has them):
+#     for step in range(steps):
+#         inputs, targets = get_batch(training, batch_size, block_size)
+#         logits = model(inputs)                                             # guess,
+#         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())    # measure,
+#         optimizer.zero_grad()                                              # (gradients add up otherwise)
+#         loss.backward()
+#         optimizer.step()                                                   # move
+# `cross_entropy` makes probabilities of the logits, by softmax, and takes the mean of -ln p of the targets.
+#
 # How good is the model? The *validation loss* is the one number to judge by: the mean over the whole
 # validation part, cut into sequences (each begins anew, so the longer they are, the kinder is the judge).
 # While it falls together with the training loss, the model is learning the language. When the training loss
@@ -633,14 +642,6 @@ def evaluate(model, config, tokens):
     return add_up(losses).flatten()[:n].mean().item()
 
 
-# Now everything is there. The loop of all training, without its trimmings:
-#     for step in range(steps):
-#         inputs, targets = get_batch(training, batch_size, block_size)
-#         logits = model(inputs)                                             # guess,
-#         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())    # measure,
-#         optimizer.zero_grad()
-#         loss.backward()
-#         optimizer.step()                                                   # move
 def train(model, optimizer, config, training, validation, start=0):
     """Train the model in place. Yields after each step: steps done, loss, validation loss (mostly None).
 
@@ -658,9 +659,8 @@ def train(model, optimizer, config, training, validation, start=0):
         # `share`, and `add_up` below, do nothing unless several processes train together.
         inputs, targets = share(get_batch(training, config.batch_size, config.block_size))  # (B, T) each
         logits = model(inputs)  # (B, T) -> (B, T, V)
-        # Softmax, then the mean of -ln p of each target.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B * T, V), (B * T,) -> one number
-        optimizer.zero_grad()  # gradients add up unless they are cleared
+        optimizer.zero_grad()
         loss.backward()
         # Now and then a batch is so odd that its gradient, taken as one vector, is far longer than usual. It
         # would rule AdamW's means for many steps. *Clipping* (Pascanu et al., 2013) shortens it to grad_clip.
@@ -771,11 +771,11 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 #     gain                               0.10            0.09
 # So at equal reading our recipe gains 0.10, newer parts gain 0.05, and the two add up. Leave out the head
 # start, give nanoGPT's recipe twice its rate, and the recipe's gain is 0.05, too. (All this at this size: the
-# parts are used in far larger models, and may be worth more there. The README has them, to be put in.) What
-# gains most is plain: to read more, and to begin well. How many blocks and how wide makes as little
-# difference as the parts: with the same computation, from one block of width 192 to eight of 64, all end
-# within 0.04 of ours. Only a missing part is another matter. Measured without the head start, 1.703: no
-# normalization 1.87, no positions 2.20, no attention 2.53, just what counting gets after one character.
+# parts are used in far larger models, and may be worth more there. The README has them, to be put in.) How
+# many blocks and how wide makes as little difference as the parts: with the same computation, from one block
+# of width 192 to eight of 64, all end within 0.04 of ours. Only a missing part is another matter. Measured
+# without the head start, 1.703: no normalization 1.87, no positions 2.20, no attention 2.53, just what
+# counting gets after one character.
 #
 # *One run proves nothing.* Is it better to draw sequences without replacement, so that no place comes twice
 # before all have come once? With seeds 1 and 2 the loss was 0.027 and 0.026 lower: a find! With seeds 3 to 5
@@ -828,12 +828,12 @@ def generate(model, tokenizer, prompt="", length=500, temperature=0.8, top_k=0, 
 # not matter). So a text with advantage 1 is learned as in any training, one with -1 is pushed the other way,
 # and step by step the mean reward rises (*policy gradient*: Williams, 1992).
 #
-# The model will do anything for its reward, at any cost to all else. So it is kept on a *leash* (after
-# Ziegler et al., 2019, who take it off the reward): the loss also has a term for how far its probabilities
-# have moved from those before, the *KL divergence* (Kullback and Leibler, 1951). For each character that
-# might come next, take ln(p / q), where p is its probability now and q the one before, and average these,
-# weighted by p. If two characters had 0.5 each and now have 0.9 and 0.1, that is 0.9 * ln(0.9 / 0.5) + 0.1 *
-# ln(0.1 / 0.5) = 0.37; if nothing has changed, it is 0.
+# The model will do anything for its reward, at any cost to all else. So it is kept on a *leash*: the loss
+# also has a term for how far its probabilities have moved from those before, the *KL divergence* (Kullback
+# and Leibler, 1951). For each character that might come next, take ln(p / q), where p is its probability now
+# and q the one before, and average these, weighted by p. If two characters had 0.5 each and now have 0.9 and
+# 0.1, that is 0.9 * ln(0.9 / 0.5) + 0.1 * ln(0.1 / 0.5) = 0.37; if nothing has changed, it is 0. (Ziegler et
+# al., 2019, take it off the reward instead.)
 @torch.no_grad()
 def write_batch(model, contexts, length):
     """Continue many contexts at once, by the model's own probabilities: (B, T) -> (B, T + length)."""
@@ -898,8 +898,8 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 # *Scale.* GPT-2 has this file's architecture with word pieces, 124 million to 1.5 billion parameters, and 40
 # gigabytes of text (Radford et al., 2019). GPT-3 had 175 billion and read 300 billion tokens (Brown et al.,
 # 2020). Each tenfold of computation divides the loss by about the same number, over as much as seven orders
-# of magnitude (Kaplan et al., 2020), if model and text grow with it, and alike (Hoffmann et al., 2022). And
-# abilities come for which nobody trained the model: shown a few examples in its context, GPT-3
+# of magnitude (Kaplan et al., 2020), as long as model and text grow with it, both alike (Hoffmann et al.,
+# 2022). And abilities come for which nobody trained the model: shown a few examples in its context, GPT-3
 # translates, and adds small numbers.
 #
 # *Parts and data.* Most of today's open models keep the plan, with the parts of section 9 (as LLaMA: Touvron
@@ -946,15 +946,15 @@ def reinforce(model, tokenizer, tokens, reward, steps=200, kl=0.1, batch_size=32
 #     4 long                 0, 1       1, 0         0, -1       -1, 0         0, 1
 #     8 long                 0, 1      0.7, 0.7      1, 0        0.7, -0.7     0, -1
 #     dot product with 0       2         0.7          -1          -0.7          0
-# Each position agrees best with itself; with C / 8 waves, only the one C / 2 further on looks the same.
+# Each position agrees best with itself; with C / 8 waves, only one a multiple of C / 2 away looks the same.
 # So a query that holds the waves of a position finds that position.
 #
 # To look two positions back, the query of position 7 must come out like the key of position 5. Both are made
 # from waves, by weights. Think of each wave as the hand of a clock, its sine and cosine saying where it
-# points. From one position to the next it moves on; `shift` turns it. Turn two hands alike, and the angle
-# between them stays, and so does their dot product. So head 2 begins with query weights that are its key
-# weights turned by two positions: what they make of position 7 is what the key weights make of position 5, as
-# the example shows.
+# points. From one position to the next it moves on; `shift` turns it. Turn two hands alike, one of a position
+# and one of a row of weights, and the angle between them stays, and so does their dot product. So head 2
+# begins with query weights that are its key weights turned by two positions: what they make of position 7 is
+# what the key weights make of position 5, as the example shows.
 def shift(waves, angles):
     """Move each wave along by its angle: (..., 2 n), sines first, then cosines; (n,) -> (..., 2 n)
 
@@ -974,7 +974,7 @@ def shift(waves, angles):
 def head_start(model):
     """Let head d of a new model's first block begin by looking d characters back. Changes initial weights.
 
-    GPT(config) is plain GPT-2, without it: call this before training, as `Run` does.
+    GPT(config) is without it: call this before training, as `Run` does.
     """
     C, T, n_head = model.config.n_embd, model.config.block_size, model.config.n_head
     n = C // 8  # waves
@@ -1086,7 +1086,8 @@ def load(path="gpt.pt", device="cpu"):
 def counting(training, validation, vocab_size, longest=6):
     """Validation losses of guessing by counts after 0, 1, ... `longest` tokens, in nats. (N,), (M,) -> list
 
-    Interpolated Kneser-Ney smoothing (Chen and Goodman, 1998), in the form of Teh (2006) with strength 1.
+    Interpolated Kneser-Ney smoothing (Chen and Goodman, 1998), in the form of Teh (2006) with strength 1: a
+    context counts as seen once more, and leaves that to the shorter one.
     """
     tokens = torch.cat([training, validation]).long()  # (N + M,)
     everywhere = torch.arange(len(training))  # (N,) the places that are counted
@@ -1134,7 +1135,7 @@ def pick_device(name):
 # A float32 is exact to 24 bits, more than most products need. A *bfloat16* covers the same range but is exact
 # to 8, and GPUs from 2020 on multiply such numbers many times faster. In *mixed precision* (Micikevicius et
 # al., 2018) linear layers and attention compute with 16-bit copies; weights and optimizer stay in float32,
-# since a step that moves a weight by less than one part in 256 would be rounded away. On an NVIDIA H200 a
+# since a step that moves a weight by less than one part in 512 would be rounded away. On an NVIDIA H200 a
 # step of gpt2 takes 0.120 seconds in float32, 0.021 in mixed precision, and 0.018 with --compile as well.
 class BFloat16(nn.Sequential):  # layers in sequence; here one, the model
     """The same model, computing in 16 bits where that is safe: tokens (B, T) -> logits (B, T, V)."""
@@ -1272,7 +1273,8 @@ class Run:
         config = Config(**settings | typed)
         changed = begin and [r.name for r in fields(Config) if r.metadata.get("fixed") and r.name in typed]
         self.content = dict(train_losses=[], val_losses=[], run=dict(step=0))
-        self.content |= {name: content[name] for name in self.content if args.resume}
+        if args.resume:
+            self.content = {name: content[name] for name in self.content}
         run = self.content["run"]
         # The text.
         self.data = args.data or find_text(Path(run.get("data", "input.txt")))

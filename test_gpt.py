@@ -528,6 +528,7 @@ BAD_INPUT = f"""
 --resume --out open.pt --steps 3          | 3 4
 --resume --out open.pt --n-head 1         | n_head
 --init-from open.pt                       | open.pt
+--init-from done.pt --no-head-start       | head_start
 --generate --out done.pt --prompt ß       | ß
 --generate --out done.pt --n-head 4       | --generate
 """
@@ -707,18 +708,32 @@ def test_ctrl_c_in_python_gives_back_the_best_model_and_says_how_to_go_on(folder
     assert same(gpt.load()[0].state_dict(), best.state_dict())
 
 
-def test_ctrl_c_while_a_finished_model_writes_does_not_speak_of_going_on(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError("no space left")])
+def test_what_stops_a_finished_model_while_it_writes_does_not_speak_of_going_on(
+    fault, folder, monkeypatch, capsys
+):
     generate = gpt.generate
 
     def interrupted_in_the_end(*arguments, **length):
         if not length:  # the samples during the run are given one
-            raise KeyboardInterrupt
+            raise fault
         return generate(*arguments, **length)
 
     monkeypatch.setattr(gpt, "generate", interrupted_in_the_end)
-    gpt.main([*FLAGS, "--steps", "2"])
+    try:
+        gpt.main([*FLAGS, "--steps", "2"])
+    except SystemExit as stop:
+        print(stop)
     told = capsys.readouterr().out
-    assert "is in gpt.pt" in told and "Stopped." in told and "--resume" not in told
+    assert "is in gpt.pt" in told and "--resume" not in told
+    assert "Stopped." in told or "no space left" in told
+
+
+def test_ctrl_c_before_a_run_begins_ends_the_program_quietly(folder, monkeypatch):
+    monkeypatch.setattr(gpt, "read_text", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stop:
+        gpt.main(FLAGS)
+    assert stop.value.code == 130 and files() == "input.txt"
 
 
 def test_a_second_ctrl_c_does_not_wait_and_promises_nothing(folder, capsys):
